@@ -1,0 +1,38 @@
+# make help lists the targets. PYTHON names the interpreter that the environment is made with.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+MODEL ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with everything that running and testing needs, once
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install torch==2.13.0
+	$(RUN) -m pip install -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: setup  ## train and measure a pruned classifier of movie reviews
+	$(RUN) -m tokprune_exp +experiment=demo
+
+test: setup  ## run all tests
+	$(RUN) -m pytest
+
+lint: setup  ## style, format and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+bench: setup  ## measure the speed of a trained model: make bench MODEL=directory
+	$(RUN) -m tokprune_exp.bench $(MODEL)
+
+clean:  ## remove the environment and the caches, but no results
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

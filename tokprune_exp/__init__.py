@@ -1,0 +1,29 @@
+"""Token pruning of Transformer encoders, done for real: a pruned token is gone, and the time and the FLOPs go with it.
+
+The way of the data, in the order to read the code in:
+
+    data/         text → token ids → `Batch`
+    encoder/      layers → `PrunedEncoder`, which asks pruning/ which tokens go on and notes it in a `PruningTrace`
+    pruning/      scorers: how important is each token; retainers: which tokens stay
+    head.py       the pooled token → logits, score or span
+    losses.py     each term of each objective, with the number of its equation
+    methods/      what trains, in which stages: a page per method over the parts above
+    measure/      metrics, FLOPs and latency of what was trained
+    tracking.py   names, loggers, result.json
+    curves.py     the results of a sweep → table and figure
+
+`run.py` says the same sentence in code. `tokprune_exp.load(directory)` gives back the model of a finished run.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load` when it is asked for, so that the command line starts without torch."""
+    if name == "load":
+        from tokprune_exp.model import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,405 @@
+"""The configuration of a run: its schema, where its files lie, what is wrong with it, and the folder it names.
+
+Nothing heavy is imported here, so that a mistake in the configuration is answered at once.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tokprune_exp.data.task import Task
+from tokprune_exp.encoder.backbone import Backbone
+from tokprune_exp.errors import ConfigError, UserError
+from tokprune_exp.targets import Constructor, constructor, mismatch, nearest
+
+TARGET_PACKAGES = ("tokprune_exp.", "torch.optim.", "lightning.pytorch.")
+"""Where a `_target_` may come from; a configuration file of a stranger can construct nothing else."""
+
+INSTANTIATE_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
+ADDED_GROUPS = ("method", "experiment", "sweep")
+"""Groups that are not in the defaults list: they are chosen by +group=name."""
+
+SOURCES = ("directory", "hub", "wheel")
+
+
+@dataclass
+class DataConfig:
+    """Where examples come from and how many are read."""
+
+    root: str | None = "${oc.env:TOKPRUNE_DATA,null}"
+    """A directory with one folder of parquet files per task."""
+    source: str | None = None
+    """directory, hub or wheel; null: the directory if `root` has one for the task, else what the task says."""
+    cache: str = "${oc.env:TOKPRUNE_CACHE,'~/.cache/tokprune_exp'}"
+    batch_size: int = 32
+    evaluation_batch_size: int = 32
+    selection_examples: int = 1000
+    """Cut from the training split to choose the best epoch on, so that nothing is selected on the reported split."""
+    max_train_examples: int | None = None
+    max_evaluation_examples: int | None = None
+    cut_missing_split: bool = False
+    """Whether a split that the source does not have may be cut from another one (results are then not comparable)."""
+
+
+@dataclass
+class LoggerConfig:
+    """Where curves are written; result.json is written in any case."""
+
+    csv: bool = True
+    wandb: bool = False
+    project: str = "tokprune_exp"
+    entity: str | None = None
+    group: str | None = None
+    offline: bool = True
+
+
+@dataclass
+class MeasureConfig:
+    """How much is measured after training."""
+
+    latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
+    latency_examples: int = 256
+    latency_rounds: int = 5
+    fvcore_examples: int = 4
+    """Forwards traced by fvcore; each must agree exactly with the closed form."""
+    attribution_examples: int = 1000
+    """Examples on which the predicted saliency is compared with integrated gradients."""
+
+
+@dataclass
+class Teacher:
+    """The model that AD-TP learns from; trained before the student, or read from `path`."""
+
+    backbone: Any = MISSING
+    """A `Backbone`, or a reference to the student's."""
+    path: str | None = None
+    """A model directory trained before."""
+    epochs: int = 3
+    initialises_student: bool = False
+    """Whether the student starts from the teacher's weights; they must have the same shape."""
+    lr: float | None = None
+    """null: optimizer.lr."""
+
+
+@dataclass
+class RunConfig:
+    """The whole configuration of a run. Fields typed `Any` hold a `_target_` and the arguments of its constructor."""
+
+    seed: int = 0
+    task: Task = field(default_factory=Task)
+    backbone: Backbone = field(default_factory=Backbone)
+    teacher: Teacher | None = None
+    scorer: Any = None
+    retainer: Any = None
+    loss: Any = None
+    method: Any = MISSING
+    optimizer: Any = MISSING
+    trainer: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    epochs: int | None = None
+    """Epochs of every stage; null: what each stage says."""
+    run_dir: str | None = None
+    """Where the run is written; null: a folder named after the configuration (see `run_directory`)."""
+    overwrite: bool = False
+    """Start a finished run anew."""
+    notes: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+def config_directory() -> Path:
+    """Directory of the configuration files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    candidates = (package / "conf", package.parent / "conf")
+    return next(directory for directory in candidates if (directory / "config.yaml").is_file())
+
+
+def sweep_directory() -> Path:
+    """Directory that holds the group `sweep`; it lies beside the configuration files."""
+    return config_directory().parent / "multirun_sweeps"
+
+
+def choices(group: str) -> list[str]:
+    """Names of the files of one configuration group."""
+    places = (config_directory() / group, sweep_directory() / group)
+    return sorted(file.stem for place in places for file in place.glob("*.yaml"))
+
+
+class SweepDirectory(SearchPathPlugin):
+    """Lets Hydra find `+sweep=NAME`, from any working directory."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the directory of the sweeps."""
+        search_path.append("tokprune_exp", f"file://{sweep_directory()}")
+
+
+ConfigStore.instance().store(name="run_schema", node=RunConfig)
+ConfigStore.instance().store(name="backbone_schema", node=Backbone)
+Plugins.instance().register(SweepDirectory)
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Eight hexadecimal digits that differ whenever a value differs that can change the result."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key in ("run_dir", "overwrite", "logger", "notes", "tags"):
+        values.pop(key, None)
+    values["data"].pop("cache", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_directory(cfg: DictConfig, root: Path) -> Path:
+    """`run_dir`, or a folder below `root` that the same command always finds again, to go on where it was stopped."""
+    if cfg.run_dir is not None:
+        return Path(cfg.run_dir)
+    method = cfg.method._target_.split(".")[-2]
+    return root / f"{method}-{cfg.task.name}-{cfg.backbone.name}-seed{cfg.seed}-{config_hash(cfg)}"
+
+
+def overrides() -> list[str]:
+    """Return what was chosen on the command line; nothing when the configuration was composed in Python."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def instantiate(node: DictConfig) -> Any:
+    """Construct what a node describes.
+
+    Raises:
+        UserError: the constructor refused a value; its own sentence, without Hydra's around it.
+    """
+    try:
+        return hydra_instantiate(node)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise UserError(str(error.__cause__)) from error
+        raise
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Find everything that is wrong with a composed configuration without importing what it constructs.
+
+    Raises:
+        ConfigError: One line for each unknown key, missing value, argument that a constructor does not take, value of a
+            wrong type and pair of choices that makes no sense. Bounds of values are checked by the constructors.
+    """
+    problems = [*_unknown_keys(cfg), *_missing_values(cfg), *_target_problems(cfg), *_impossible_pairs(cfg)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Say that the dotted `key` ends in none of the `known` names."""
+    parent, _, name = key.rpartition(".")
+    return f"{key}: {parent or 'the configuration'} has no key {name}; {_hint(name, known)}"
+
+
+def method_needed() -> str:
+    """Say how a method is chosen."""
+    return f"choose one: {' | '.join(f'+method={name}' for name in choices('method'))}"
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = [other for other in known if not other.startswith("_")]
+    guess = nearest(name, known)
+    return f"did you mean {guess}?" if guess else f"it has {', '.join(sorted(known)) or 'none'}"
+
+
+def _unknown_keys(cfg: DictConfig) -> Iterator[str]:
+    """Keys that `+key=value` has added beyond the schema; Hydra takes a misspelt +group=name for one."""
+    for path, node in _nodes(cfg):
+        schema = OmegaConf.get_type(node)
+        if not is_dataclass(schema):
+            continue
+        known = [entry.name for entry in fields(schema)]
+        for key in sorted(set(map(str, node)) - set(known)):
+            guess = None if path else nearest(key, ADDED_GROUPS)
+            if guess:
+                yield f"{key}: there is no such group; did you mean +{guess}={node[key]}?"
+            else:
+                yield unknown_key(f"{path}.{key}".strip("."), known)
+
+
+def _missing_values(cfg: DictConfig) -> Iterator[str]:
+    for path, node in _nodes(cfg):
+        for key in node:
+            if OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, str(key)):
+                name = f"{path}.{key!s}".strip(".")
+                yield f"no method is chosen; {method_needed()}" if name == "method" else f"{name}: a value is needed"
+
+
+def _target_problems(cfg: DictConfig) -> Iterator[str]:
+    for path, node in _nodes(cfg):
+        if "_target_" not in node:
+            continue
+        target = str(node._target_)
+        if not target.startswith(TARGET_PACKAGES):
+            yield f"{path}._target_: {target} is not allowed; a target starts with {_either(TARGET_PACKAGES)}"
+            continue
+        try:
+            yield from _argument_problems(path, node, constructor(target))
+        except LookupError as error:
+            yield f"{path}._target_: {target} cannot be found: {error}"
+
+
+def _argument_problems(path: str, node: DictConfig, called: Constructor) -> Iterator[str]:
+    is_partial = node.get("_partial_", False)  # the run then supplies what is required
+    expected = {parameter.name: parameter for parameter in called.parameters}
+    given = [str(key) for key in node if key not in INSTANTIATE_KEYS]
+    for name in given:
+        value = _plain(node, name)
+        if isinstance(value, OmegaConfBaseException):
+            yield f"{path}.{name}: {str(value).splitlines()[0]}"
+        elif name in expected:
+            words = mismatch(value, expected[name].annotation)
+            if words and value != MISSING:
+                yield f"{path}.{name}={_shown(value)}: must be {_either(words)}"
+        elif not called.open_ended:
+            settable = [other for other in expected if not (is_partial and expected[other].required)]
+            yield f"{path}.{name}: {called.name} has no such argument; {_hint(name, settable)}"
+    absent = [name for name in expected if expected[name].required and name not in given]
+    if absent and not is_partial:
+        yield f"{path}: {called.name} needs {', '.join(absent)}"
+
+
+def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every dictionary of the configuration, once, at the place where it is written and not where it is referred to."""
+    if isinstance(node, DictConfig):
+        yield path, node
+        keys: list[Any] = list(node)
+    else:
+        keys = list(range(len(node)))
+    for key in keys:
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        if isinstance(node[key], DictConfig | ListConfig):
+            yield from _nodes(node[key], f"{path}.{key}".strip("."))
+
+
+def _plain(node: DictConfig, key: str) -> Any:
+    """The value in plain Python, `MISSING`, or the error that its interpolation ends in."""
+    if OmegaConf.is_missing(node, key):
+        return MISSING
+    try:
+        value = node[key]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        return error
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What the table of impossible pairs asks about a configuration; a missing part is None."""
+
+    cfg: DictConfig
+
+    def __call__(self, key: str) -> Any:
+        """The value at a dotted key."""
+        try:
+            return OmegaConf.select(self.cfg, key, default=None)
+        except OmegaConfBaseException:  # told by `_target_problems`
+            return None
+
+    def kind(self, part: str) -> str | None:
+        """Name of the class that a part constructs."""
+        target = self(f"{part}._target_")
+        return str(target).rpartition(".")[2] if target else None
+
+    def positive(self, key: str) -> bool:
+        """Whether the value is a number above 0."""
+        return isinstance(self(key), int | float) and self(key) > 0
+
+
+IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
+    *(
+        (
+            lambda of, part=part: of.kind("method") == "Finetune" and of(part) is not None,
+            f"finetune takes no {part}: it trains the unpruned encoder",
+        )
+        for part in ("scorer", "retainer", "loss", "teacher")
+    ),
+    *(
+        (
+            lambda of, part=part: of.kind("method") == "ADTP" and of(part) is None,
+            f"adtp needs a {part}",
+        )
+        for part in ("scorer", "retainer", "loss")
+    ),
+    (
+        lambda of: of.kind("method") == "ADTP" and of.kind("retainer") == "KeepAll",
+        "adtp with retainer=keep_all prunes nothing: choose retainer=adaptive, static or random, or +method=finetune",
+    ),
+    (
+        lambda of: of("method.ratio_target") not in (None, "mass") and of.kind("retainer") != "AdaptiveRatio",
+        "only an adaptive retainer learns its ratio: set retainer=adaptive or method.ratio_target=mass",
+    ),
+    (
+        lambda of: of("method.ratio_target") == "gumbel" and of("loss.budget_weight") == 0,
+        "with method.ratio_target=gumbel nothing holds the ratio: set loss.budget_weight above 0",
+    ),
+    (
+        lambda of: of("retainer.summary") == "cls" and of("retainer.layer") == 0,
+        "retainer.summary=cls is the same for every text at layer 0: set retainer.summary=mean, or retainer.layer",
+    ),
+    (
+        lambda of: of.kind("method") == "ADTP" and of("teacher") is None and of.positive("loss.alpha"),
+        "without a teacher there is nothing to distil: set loss.alpha=0, or choose a teacher",
+    ),
+    (
+        lambda of: of.kind("method") == "ADTP" and of("teacher") is None and of("loss.kappa_max") not in (None, 1),
+        "without a teacher there are no attributions of it to mix in: set loss.kappa_max=1, or choose a teacher",
+    ),
+    (
+        lambda of: (
+            bool(of("teacher.initialises_student"))
+            and any(of(f"teacher.backbone.{key}") != of(f"backbone.{key}") for key in ("name", "layers", "random"))
+        ),
+        "the student cannot start from a teacher with another backbone: set teacher.initialises_student=false",
+    ),
+    (
+        lambda of: of("data.source") not in (None, *SOURCES),
+        f"data.source is one of {', '.join(SOURCES)}, or null",
+    ),
+    (
+        lambda of: of("data.source") == "directory" and of("data.root") is None,
+        "data.source=directory needs the directory: set data.root=DIR or the environment variable TOKPRUNE_DATA",
+    ),
+    (
+        lambda of: of("data.source") == "directory" and of("task.directory") is None,
+        "data.source=directory: this task has no directory; see task.directory",
+    ),
+    (
+        lambda of: of("data.source") == "hub" and of("task.hub") is None,
+        "data.source=hub: this task is not on the hub; see task.hub",
+    ),
+    (
+        lambda of: not any(of(f"backbone.{key}") for key in ("path", "hub", "wheel", "weights_root")),
+        "the backbone names no place to read from: set backbone.path, hub, wheel or weights_root",
+    ),
+]
+"""Pairs of choices that make no sense, and the sentence that says what to do instead."""
+
+
+def _impossible_pairs(cfg: DictConfig) -> Iterator[str]:
+    chosen = _Choices(cfg)
+    return (sentence for is_impossible, sentence in IMPOSSIBLE_PAIRS if is_impossible(chosen))

@@ -1,0 +1,1 @@
+"""From files to batches: task → sources → tokenise → batches → module."""

@@ -1,0 +1,29 @@
+"""What travels from the data to the encoder: one right-padded batch of token ids."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """A right-padded batch; nothing in it depends on how much padding it happens to have.
+
+    `labels` are class indices (int64) or, for regression, scores (float32). `index` is the example's row in its split.
+    The two teacher fields are there only after `teacher_signals` were attached to the training split.
+    """
+
+    input_ids: Int[Tensor, "batch tokens"]
+    token_type_ids: Int[Tensor, "batch tokens"]
+    valid: Bool[Tensor, "batch tokens"]
+    labels: Int[Tensor, " batch"] | Float[Tensor, " batch"]
+    index: Int[Tensor, " batch"]
+    teacher_logits: Float[Tensor, "batch classes"] | None = None
+    teacher_attribution: Float[Tensor, "batch tokens"] | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Move every tensor to a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: value if value is None else value.to(device) for name, value in values.items()})

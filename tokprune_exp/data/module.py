@@ -1,0 +1,78 @@
+"""All the data of one run: three encoded splits and the batches that Lightning asks for."""
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from transformers import PreTrainedTokenizerBase
+
+from tokprune_exp.data.batches import BatchLoader, length_grouped_batches, sorted_batches
+from tokprune_exp.data.sources import SourceSettings, load_source, texts_of
+from tokprune_exp.data.task import Task
+from tokprune_exp.data.tokenise import EncodedSplit, encode_texts
+from tokprune_exp.encoder.pretrained import load_tokenizer
+
+
+@runtime_checkable
+class DataSettings(SourceSettings, Protocol):
+    """The group `data` of the configuration, the run's seed, and a tokenizer: loaded, or a folder, or a hub id."""
+
+    batch_size: int
+    evaluation_batch_size: int
+    tokenizer: str | Path | PreTrainedTokenizerBase
+    seed: int
+
+
+class TaskData(LightningDataModule):
+    """The task's examples in three roles: `train`, `selection` (chooses epochs) and `evaluation` (reported once).
+
+    `source` records where they came from, for result.json. Training batches differ from epoch to epoch if the Trainer
+    runs with `reload_dataloaders_every_n_epochs=1`.
+
+    Raises:
+        DataUnavailableError: a file is not there; the message names where it was looked for and how to get it.
+    """
+
+    def __init__(self, task: Task, settings: DataSettings) -> None:
+        super().__init__()
+        self.task = task
+        self.settings = settings
+        tokenizer = settings.tokenizer
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        rows = load_source(task, settings)
+        self.source: dict[str, Any] = rows.description
+        self.train = self._encode(rows.train)
+        self.selection = self._encode(rows.selection)
+        self.evaluation = self._encode(rows.evaluation)
+
+    def _encode(self, rows: Dataset) -> EncodedSplit:
+        labels = torch.tensor(rows[self.task.label][:], dtype=torch.float32 if self.task.is_regression else torch.int64)
+        cache = self.cache / "tokenised"
+        return encode_texts(self.tokenizer, texts_of(rows, self.task), self.task.max_tokens, labels, cache)
+
+    @property
+    def cache(self) -> Path:
+        """Where what was computed from the data is kept for the next run."""
+        return Path(self.settings.cache).expanduser()
+
+    def train_dataloader(self) -> BatchLoader:
+        """Every training example once, in batches of similar length, ordered by the seed and the current epoch."""
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        settings = self.settings
+        return BatchLoader(
+            self.train, length_grouped_batches(self.train.lengths, settings.batch_size, settings.seed, epoch)
+        )
+
+    def val_dataloader(self) -> BatchLoader:
+        """The selection slice, by which an epoch is chosen; never the split that is reported."""
+        return self.in_order(self.selection)
+
+    def evaluation_batches(self) -> BatchLoader:
+        """The split that is reported, longest sequences first."""
+        return self.in_order(self.evaluation)
+
+    def in_order(self, split: EncodedSplit) -> BatchLoader:
+        """The batches of a split without any chance in them, longest sequences first."""
+        return BatchLoader(split, sorted_batches(split.lengths, self.settings.evaluation_batch_size))

@@ -1,0 +1,199 @@
+"""PrunedEncoder: a BERT-family Transformer that asks its pruning which tokens go on, and records what was done.
+
+    embed → [ pruning before the attention? → attention → pruning after the attention? → feed-forward ] × layers
+
+The same loop runs masked (`Padded`) and gathered (`Packed`); see `layout.py`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokprune_exp.encoder.layout import Layout
+from tokprune_exp.encoder.trace import Decision, LayerTrace, PruningTrace
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """The sizes of an encoder: everything needed to build one without its weights."""
+
+    vocabulary: int
+    dim: int
+    heads: int
+    layers: int
+    ff_dim: int
+    positions: int
+    """Rows of the position table; RoBERTa's first `position_offset` rows are never used."""
+    token_types: int = 2
+    """0: the family has none (DistilBERT)."""
+    position_offset: int = 0
+    """Position of the first token: 0, or 2 in RoBERTa."""
+    pad_token: int = 0
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no encoder."""
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that has positions."""
+        return self.positions - self.position_offset
+
+
+@runtime_checkable
+class PruningRule(Protocol):
+    """What the encoder needs of a pruning; `pruning/` has the implementations."""
+
+    def decides(self, layer: int, after_attention: bool) -> bool:
+        """Whether tokens are chosen at this place: before or after the attention of `layer` (0-based)."""
+        ...
+
+    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None) -> Decision:
+        """Choose tokens from hidden states and, after an attention, from the attention each token received."""
+        ...
+
+
+class Embeddings(nn.Module):
+    """Word + position + token-type embedding, normalised: the input of the first layer, E."""
+
+    def __init__(self, shape: EncoderShape) -> None:
+        super().__init__()
+        self.word = nn.Embedding(shape.vocabulary, shape.dim, padding_idx=shape.pad_token)
+        self.position = nn.Embedding(shape.positions, shape.dim)
+        self.token_type = nn.Embedding(shape.token_types, shape.dim) if shape.token_types else None
+        self.norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(
+        self, words: Int[Tensor, "*tokens"], positions: Int[Tensor, "*tokens"], token_types: Int[Tensor, "*tokens"]
+    ) -> Float[Tensor, "*tokens dim"]:
+        """Embed tokens in any layout; positions are those before pruning."""
+        summed = self.word(words) + self.position(positions)
+        if self.token_type is not None:
+            summed = summed + self.token_type(token_types)
+        return self.dropout(self.norm(summed))
+
+
+class EncoderLayer(nn.Module):
+    """One post-norm Transformer layer, cut in two where token pruning can decide: after the attention."""
+
+    def __init__(self, shape: EncoderShape) -> None:
+        super().__init__()
+        self.heads, self.attention_dropout = shape.heads, shape.dropout
+        self.query = nn.Linear(shape.dim, shape.dim)
+        self.key = nn.Linear(shape.dim, shape.dim)
+        self.value = nn.Linear(shape.dim, shape.dim)
+        self.attention_output = nn.Linear(shape.dim, shape.dim)
+        self.attention_norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
+        self.intermediate = nn.Linear(shape.dim, shape.ff_dim)
+        self.output = nn.Linear(shape.ff_dim, shape.dim)
+        self.output_norm = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def attend(
+        self, hidden: Float[Tensor, "*tokens dim"], layout: Layout, wants_received: bool
+    ) -> tuple[Float[Tensor, "*tokens dim"], Float[Tensor, "batch grid"] | None]:
+        """Mix the tokens of each sequence: the context before its output projection, and the attention received."""
+        dropout = self.attention_dropout if self.training else 0.0
+        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
+        return layout.attend(query, key, value, self.heads, dropout, wants_received)
+
+    def finish(
+        self, hidden: Float[Tensor, "*tokens dim"], context: Float[Tensor, "*tokens dim"]
+    ) -> Float[Tensor, "*tokens dim"]:
+        """Project the context, then the feed-forward block: work done for the survivors only."""
+        attended = self.attention_norm(hidden + self.dropout(self.attention_output(context)))
+        mixed = self.output(F.gelu(self.intermediate(attended)))
+        return self.output_norm(attended + self.dropout(mixed))
+
+
+@dataclass
+class EncoderOutput:
+    """Hidden states of the survivors, the layout they lie in, and the record of what was pruned."""
+
+    hidden: Float[Tensor, "*tokens dim"]
+    layout: Layout
+    trace: PruningTrace
+
+    @property
+    def first(self) -> Float[Tensor, "batch dim"]:
+        """The last hidden state of the first position, which is never pruned."""
+        return self.layout.first(self.hidden)
+
+
+class PrunedEncoder(nn.Module):
+    """A Transformer encoder whose tokens can be pruned before or inside any layer."""
+
+    def __init__(self, shape: EncoderShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embeddings = Embeddings(shape)
+        self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(shape.layers))
+
+    def embed(
+        self, input_ids: Int[Tensor, "batch tokens"], token_type_ids: Int[Tensor, "batch tokens"], layout: Layout
+    ) -> Float[Tensor, "*tokens dim"]:
+        """Embed a padded batch of ids into the given layout.
+
+        Raises:
+            ValueError: a sequence is longer than the position table.
+        """
+        tokens = input_ids.shape[1]
+        if tokens > self.shape.max_tokens:
+            raise ValueError(f"a sequence of {tokens} tokens, but this encoder has positions for {self.shape.max_tokens}")
+        positions = torch.arange(tokens, device=input_ids.device).expand_as(input_ids) + self.shape.position_offset
+        return self.embeddings(*(layout.take(grid) for grid in (input_ids, positions, token_type_ids)))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "*tokens dim"],
+        layout: Layout,
+        pruning: PruningRule | None = None,
+        enforce: bool = True,
+    ) -> EncoderOutput:
+        """Run the layers on embedded tokens.
+
+        With `enforce=False` the pruning is asked and recorded but every token is kept (the warm-up of AD-TP).
+        """
+        trace = PruningTrace(layout.sequences.valid)
+        for number, layer in enumerate(self.layers):
+            importance, entering = None, layout.alive
+            if pruning is not None and pruning.decides(number, after_attention=False):
+                decision = pruning.decide(hidden, layout, received=None)
+                importance, trace.ratio_logits = decision.importance, decision.ratio_logits
+                if enforce:
+                    layout, gather = layout.keep(decision.keep, decision.gate)
+                    hidden, entering = gather(hidden), layout.alive
+            prunes_inside = pruning is not None and pruning.decides(number, after_attention=True)
+            context, received = layer.attend(hidden, layout, wants_received=prunes_inside)
+            if pruning is not None and prunes_inside:
+                decision = pruning.decide(hidden, layout, received)
+                importance, trace.ratio_logits = decision.importance, decision.ratio_logits
+                if enforce:
+                    layout, gather = layout.keep(decision.keep, decision.gate)
+                    hidden, context = gather(hidden), gather(context)
+            hidden = layer.finish(hidden, context)
+            trace.layers.append(LayerTrace(keys=entering, queries=entering, outputs=layout.alive, importance=importance))
+        return EncoderOutput(hidden, layout, trace)
+
+    def first_layers(self, count: int) -> "PrunedEncoder":
+        """Return a student of the first `count` layers; the weights are shared with this encoder.
+
+        Raises:
+            ValueError: `count` (config key backbone.layers) is not between 1 and the number of layers.
+        """
+        if not 1 <= count <= self.shape.layers:
+            raise ValueError(f"backbone.layers={count}, but this backbone has layers 1 to {self.shape.layers}")
+        student = PrunedEncoder.__new__(PrunedEncoder)
+        nn.Module.__init__(student)
+        student.shape = replace(self.shape, layers=count)
+        student.embeddings = self.embeddings
+        student.layers = self.layers[:count]
+        return student

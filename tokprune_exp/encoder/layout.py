@@ -1,0 +1,187 @@
+"""How the tokens of a batch lie in memory: `Padded` for masked running, `Packed` for gathered running.
+
+The encoder is written once and asks its layout for everything that differs between the two:
+
+* `Padded` keeps the shape (batch, tokens, dim) for ever; a pruned token is only masked as a key. Differentiable.
+* `Packed` holds (total, dim): the tokens that are still there, sequence after sequence. A pruned token and padding
+  are gone. Used to evaluate, time and deploy.
+
+Importance and keep masks are one number per token and always lie on the grid (batch, tokens) of the padded batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+GATE_FLOOR = 1e-12
+"""Keeps the renormalisation of gated attention away from 0/0; far below any softmax weight that matters."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a scorer or a retainer may know of a batch besides hidden states.
+
+    `protected` tokens are never pruned: the first position always is, separators on request. `fingerprint` is a number
+    that depends on the real tokens of a sequence only, so that "random" choices do not change with padding or batch.
+    """
+
+    valid: Bool[Tensor, "batch tokens"]
+    protected: Bool[Tensor, "batch tokens"]
+    fingerprint: Int[Tensor, " batch"]
+
+    @property
+    def prunable(self) -> Bool[Tensor, "batch tokens"]:
+        """V: the real tokens that may be pruned."""
+        return self.valid & ~self.protected
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Masked running: pruned and padding tokens keep their place and are hidden from the softmax.
+
+    `gate`, if any, equals `alive` in value and carries a gradient to every token (straight-through): attention weights
+    are exp(score)·gate, renormalised, as in DynamicViT.
+    """
+
+    sequences: Sequences
+    alive: Bool[Tensor, "batch tokens"]
+    gate: Float[Tensor, "batch tokens"] | None = None
+
+    @classmethod
+    def start(cls, sequences: Sequences) -> "Padded":
+        """Return the layout before the first layer: every real token is alive."""
+        return cls(sequences, sequences.valid)
+
+    def take(self, grid: Tensor) -> Tensor:
+        """Bring values of the grid into this layout: here they stay as they are."""
+        return grid
+
+    def to_grid(self, values: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+        """Bring one value per token onto the grid, 0 where no token is alive."""
+        return values.masked_fill(~self.alive, 0.0)
+
+    def keep(
+        self, keep_mask: Bool[Tensor, "batch tokens"], gate: Float[Tensor, "batch tokens"] | None = None
+    ) -> tuple["Padded", Callable[[Tensor], Tensor]]:
+        """Return the layout of the survivors and the function that reduces a tensor to them (here: the identity)."""
+        if self.gate is not None:  # an earlier choice stays in force
+            gate = self.gate * (keep_mask if gate is None else gate)
+        return replace(self, alive=self.alive & keep_mask, gate=gate), lambda tensor: tensor
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch tokens dim"],
+        key: Float[Tensor, "batch tokens dim"],
+        value: Float[Tensor, "batch tokens dim"],
+        heads: int,
+        dropout: float = 0.0,
+        wants_received: bool = False,
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"] | None]:
+        """Mix the values by softmax(q·k/√d_head) over the alive tokens of each sequence.
+
+        Returns the context and, on request, the attention received by each token, Σ_{alive j} mean_h A_h[j, i].
+        Plain products and a softmax, because fused kernels cannot be differentiated twice.
+        """
+        batch, tokens, dim = query.shape
+        q, k, v = (x.view(batch, tokens, heads, dim // heads).transpose(1, 2) for x in (query, key, value))
+        scores = q @ k.transpose(2, 3) / (dim // heads) ** 0.5  # (B, H, N, N)
+        if self.gate is None:
+            weights = scores.masked_fill(~self.alive[:, None, None, :], float("-inf")).softmax(-1)
+        else:
+            scores = scores.masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
+            gated = scores.softmax(-1) * self.gate[:, None, None, :]
+            weights = gated / (gated.sum(-1, keepdim=True) + GATE_FLOOR)
+        received = None
+        if wants_received:
+            received = self.to_grid((weights.mean(1) * self.alive[:, :, None]).sum(1))
+        context = F.dropout(weights, dropout) @ v  # (B, H, N, dim / H)
+        return context.transpose(1, 2).reshape(batch, tokens, dim), received
+
+    def first(self, hidden: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
+        """Return the hidden state of the first position of each sequence."""
+        return hidden[:, 0]
+
+    def mean(self, hidden: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
+        """Return the mean hidden state of the alive tokens of each sequence."""
+        weight = self.alive[..., None].to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Gathered running: only what is alive exists. `rows` are flat positions in the grid, `counts` tokens a sequence."""
+
+    sequences: Sequences
+    alive: Bool[Tensor, "batch tokens"]
+    rows: Int[Tensor, " total"]
+    counts: list[int]
+
+    @classmethod
+    def start(cls, sequences: Sequences) -> "Packed":
+        """Return the layout before the first layer: the real tokens, without any padding."""
+        return cls._of(sequences, sequences.valid)
+
+    @classmethod
+    def _of(cls, sequences: Sequences, alive: Bool[Tensor, "batch tokens"]) -> "Packed":
+        return cls(sequences, alive, alive.flatten().nonzero()[:, 0], alive.sum(1).tolist())
+
+    def take(self, grid: Tensor) -> Tensor:
+        """Bring values of the grid into this layout: (batch, tokens, …) → (total, …)."""
+        return grid.flatten(0, 1)[self.rows]
+
+    def to_grid(self, values: Float[Tensor, " total"]) -> Float[Tensor, "batch tokens"]:
+        """Bring one value per token onto the grid, 0 where no token is alive."""
+        grid = values.new_zeros(self.alive.numel())
+        return grid.index_copy(0, self.rows, values).view(self.alive.shape)
+
+    def keep(
+        self, keep_mask: Bool[Tensor, "batch tokens"], gate: Float[Tensor, "batch tokens"] | None = None
+    ) -> tuple["Packed", Callable[[Tensor], Tensor]]:
+        """Return the layout of the survivors and the function that gathers a tensor's survivors."""
+        survivors = self._of(self.sequences, self.alive & keep_mask)
+        index = self.take(keep_mask).nonzero()[:, 0]
+        return survivors, lambda tensor: tensor.index_select(0, index)
+
+    def attend(
+        self,
+        query: Float[Tensor, "total dim"],
+        key: Float[Tensor, "total dim"],
+        value: Float[Tensor, "total dim"],
+        heads: int,
+        dropout: float = 0.0,
+        wants_received: bool = False,
+    ) -> tuple[Float[Tensor, "total dim"], Float[Tensor, "batch tokens"] | None]:
+        """Mix the values within each sequence; see `Padded.attend`. One small attention per sequence, no padding."""
+        total, dim = query.shape
+        q, k, v = (x.view(total, heads, dim // heads).transpose(0, 1) for x in (query, key, value))  # (H, total, d_head)
+        contexts, received = [], []
+        for one_q, one_k, one_v in zip(*(x.split(self.counts, dim=1) for x in (q, k, v)), strict=True):
+            if wants_received:
+                weights = (one_q @ one_k.transpose(1, 2) / (dim // heads) ** 0.5).softmax(-1)
+                received.append(weights.mean(0).sum(0))
+                contexts.append(F.dropout(weights, dropout) @ one_v)
+            else:
+                attended = F.scaled_dot_product_attention(one_q[None], one_k[None], one_v[None], dropout_p=dropout)
+                contexts.append(attended[0])
+        context = torch.cat(contexts, dim=1).transpose(0, 1).reshape(total, dim)
+        return context, self.to_grid(torch.cat(received)) if wants_received else None
+
+    def first(self, hidden: Float[Tensor, "total dim"]) -> Float[Tensor, "batch dim"]:
+        """Return the hidden state of the first position of each sequence."""
+        counts = torch.tensor(self.counts, device=hidden.device)
+        return hidden[counts.cumsum(0) - counts]
+
+    def mean(self, hidden: Float[Tensor, "total dim"]) -> Float[Tensor, "batch dim"]:
+        """Return the mean hidden state of the alive tokens of each sequence."""
+        counts = torch.tensor(self.counts, device=hidden.device)
+        owner = torch.arange(len(self.counts), device=hidden.device).repeat_interleave(counts)
+        sums = hidden.new_zeros(len(self.counts), hidden.shape[1]).index_add(0, owner, hidden)
+        return sums / counts[:, None]
+
+
+Layout = Padded | Packed
+LAYOUTS: dict[str, type[Padded] | type[Packed]] = {"masked": Padded, "gathered": Packed}

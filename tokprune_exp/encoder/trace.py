@@ -1,0 +1,60 @@
+"""What the encoder did with its tokens, layer by layer: the one record that losses, FLOPs, figures and pages read."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass
+class Decision:
+    """What a pruning decided at one place: importances, the tokens to keep, and how the choice can be learned.
+
+    `gate` equals `keep` in value and carries gradients (straight-through); `ratio_logits` are an adaptive retainer's.
+    """
+
+    importance: Float[Tensor, "batch tokens"]
+    keep: Bool[Tensor, "batch tokens"]
+    gate: Float[Tensor, "batch tokens"] | None = None
+    ratio_logits: Float[Tensor, "batch ratios"] | None = None
+
+
+@dataclass
+class LayerTrace:
+    """The three token sets of one layer and the importance they were chosen by.
+
+    `keys` K is what the layer attended to, `queries` Q ⊇ `outputs` O what attended and what went on through the
+    feed-forward block. All masks are in the coordinates of the padded batch, in both ways of running.
+    """
+
+    keys: Bool[Tensor, "batch tokens"]
+    queries: Bool[Tensor, "batch tokens"]
+    outputs: Bool[Tensor, "batch tokens"]
+    importance: Float[Tensor, "batch tokens"] | None = None
+
+
+@dataclass
+class PruningTrace:
+    """The layers' traces of one forward pass over a batch whose real tokens are `valid`.
+
+    `ratio_logits` are the scores of an adaptive retainer over its candidate ratios, where there is one.
+    """
+
+    valid: Bool[Tensor, "batch tokens"]
+    layers: list[LayerTrace] = field(default_factory=list)
+    ratio_logits: Float[Tensor, "batch ratios"] | None = None
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each sequence."""
+        return self.valid.sum(1)
+
+    def counts(self, tokens: str) -> Int[Tensor, "batch layers"]:
+        """|K|, |Q| or |O| of each sequence in each layer; `tokens` is keys, queries or outputs."""
+        return torch.stack([getattr(layer, tokens).sum(1) for layer in self.layers], dim=1)
+
+    @property
+    def retention(self) -> Float[Tensor, "batch layers"]:
+        """Share of the real tokens that leave each layer, |O| / n."""
+        return self.counts("outputs") / self.lengths[:, None]

@@ -1,0 +1,17 @@
+"""Errors meant for the person at the keyboard: one clear sentence each, exit code 2, no traceback."""
+
+
+class UserError(ValueError):
+    """Something the user can mend; its message says what is wrong, where, and what to do."""
+
+
+class ConfigError(UserError):
+    """Everything `check_config` found in one configuration: one line per problem."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataUnavailableError(UserError):
+    """A data set or a weight file is not there; the message names where it was looked for and the command that gets it."""

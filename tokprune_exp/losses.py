@@ -1,0 +1,147 @@
+"""Every loss term as a pure function, with its equation; and AD-TP's weights.
+
+    L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP)                        (AD-TP slides, overall objective)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokprune_exp.attribution import normalise_over_sequence
+from tokprune_exp.pruning.selection import kept_count
+
+
+SMALLEST_MASS = 1e-12
+"""A sequence without attribution (nothing prunable, or no gradient) holds nothing, not 0/0."""
+
+
+@dataclass(frozen=True)
+class ADTPLoss:
+    """The weights of AD-TP's terms; each field is a key of `conf/loss/adtp.yaml`."""
+
+    alpha: float = 0.8
+    """α, teacher's logits against gold labels."""
+    beta: float = 1.0
+    """β, distance of the student's attributions from the teacher's."""
+    gamma: float = 1.0
+    """γ, the retainer's two losses."""
+    temperature: float = 2.0
+    """τ of the logits' distillation."""
+    kappa_max: float = 1.0
+    """κ at the end of training: 0 teacher's attributions only, 1 moves all the way to the student's own."""
+    budget_weight: float = 0.0
+    """μ, holds the expected ratio of a batch at ρ*."""
+    listwise_weight: float = 0.0
+    """Adds a ranking term to L_TSP."""
+
+    def __post_init__(self) -> None:
+        """Refuse weights outside their bounds."""
+        for name in ("alpha", "kappa_max"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must lie between 0 and 1")
+        for name in ("beta", "gamma", "budget_weight", "listwise_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must not be negative")
+        if self.temperature <= 0:
+            raise ValueError(f"loss.temperature={self.temperature} must be above 0")
+
+
+def task_loss(
+    logits: Float[Tensor, "batch outputs"], labels: Int[Tensor, " batch"] | Float[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Compute L_CE of each example: cross-entropy, or the squared error when labels are scores."""
+    if labels.is_floating_point():
+        return (logits[:, 0] - labels).square()
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def logit_distillation(
+    student: Float[Tensor, "batch outputs"], teacher: Float[Tensor, "batch outputs"], temperature: float
+) -> Float[Tensor, ""]:
+    """Compute L_logit = −mean_B Σ_c softmax(z_t/τ)_c log softmax(z_s/τ)_c, without a factor τ² (AD-KD, loss.py).
+
+    A single output is a score: mean (z_s/τ − z_t/τ)².
+    """
+    if student.shape[1] == 1:
+        return F.mse_loss(student / temperature, teacher / temperature)
+    return -((teacher / temperature).softmax(-1) * (student / temperature).log_softmax(-1)).sum(-1).mean()
+
+
+def attribution_distance(
+    student: Float[Tensor, "batch tokens"], teacher: Float[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, ""]:
+    """Compute L_IG = mean_B Σ_{i valid} (A_s,i − A_t,i)² / n (methods.md B4 (2))."""
+    return ((student - teacher).square().masked_fill(~valid, 0.0).sum(1) / valid.sum(1)).mean()
+
+
+def joint_attribution(
+    teacher: Float[Tensor, "batch tokens"],
+    student: Float[Tensor, "batch tokens"],
+    kappa: float,
+    tokens: Bool[Tensor, "batch tokens"],
+) -> Float[Tensor, "batch tokens"]:
+    """Compute a_c = (1−κ)·A_t + κ·A_s, scaled to unit norm over the given tokens; a target, so without gradient."""
+    return normalise_over_sequence((1 - kappa) * teacher + kappa * student, tokens).detach()
+
+
+def saliency_loss(
+    saliency: Float[Tensor, "batch tokens"],
+    target: Float[Tensor, "batch tokens"],
+    prunable: Bool[Tensor, "batch tokens"],
+    listwise_weight: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Compute L_TSP = mean_B Σ_{i∈V} (S_i/‖S‖₂ − a_c,i)² / |V| (methods.md B4 (4)).
+
+    `target` has unit norm over V too: with the unprunable [CLS] inside the norm, S could never equal it.
+    `listwise_weight` adds KL(softmax(a_c·√|V|) ‖ softmax(Ŝ·√|V|)), which asks for the order rather than the values.
+    """
+    unit = normalise_over_sequence(saliency, prunable)
+    count = prunable.sum(1).clamp(min=1)
+    loss = ((unit - target).square().masked_fill(~prunable, 0.0).sum(1) / count).mean()
+    if listwise_weight:
+        scale = count[:, None].sqrt()
+        wanted, given = (
+            (x * scale).masked_fill(~prunable, float("-inf")).log_softmax(-1).masked_fill(~prunable, 0.0)
+            for x in (target, unit)
+        )
+        divergence = (wanted.exp() * (wanted - given)).masked_fill(~prunable, 0.0).sum(1)
+        loss = loss + listwise_weight * divergence.mean()
+    return loss
+
+
+def mass_by_ratio(
+    attribution: Float[Tensor, "batch tokens"],
+    prunable: Bool[Tensor, "batch tokens"],
+    ratios: Float[Tensor, " ratios"],
+) -> Float[Tensor, "batch ratios"]:
+    """Compute the share of the attribution of V that its top ⌈r_c|V|⌉ tokens hold, for every candidate ratio r_c."""
+    ordered = attribution.masked_fill(~prunable, 0.0).sort(dim=1, descending=True).values.cumsum(1)
+    size = prunable.sum(1)
+    counts = torch.stack([kept_count(float(ratio), size) for ratio in ratios], dim=1)
+    held = ordered.gather(1, (counts - 1).clamp(min=0))
+    return held / ordered[:, -1:].clamp(min=SMALLEST_MASS)
+
+
+def smallest_sufficient_ratio(mass: Float[Tensor, "batch ratios"], eta: float) -> Int[Tensor, " batch"]:
+    """Compute y = min{c : mass_c ≥ η}: how concentrated the attribution is (methods.md B4 (5), mass)."""
+    return (mass < eta).sum(1).clamp(max=mass.shape[1] - 1)
+
+
+def calibrate_eta(mass: Float[Tensor, "examples ratios"], ratios: Float[Tensor, " ratios"], target: float) -> float:
+    """Find η by bisection so that the mean pseudo-labelled ratio over a training set is ρ* = `target`."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        eta = (low + high) / 2
+        if float(ratios[smallest_sufficient_ratio(mass, eta)].mean()) < target:
+            low = eta
+        else:
+            high = eta
+    return (low + high) / 2
+
+
+def budget_loss(ratio_logits: Float[Tensor, "batch ratios"], ratios: Tensor, target: float) -> Float[Tensor, ""]:
+    """Compute (mean_B Σ_c q_c r_c − ρ*)², the term that holds the expected ratio at its budget."""
+    return ((ratio_logits.softmax(-1) @ ratios).mean() - target).square()

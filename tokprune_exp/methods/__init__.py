@@ -1,0 +1,1 @@
+"""The methods: one page each, over the shared LightningModule of `module.py`."""

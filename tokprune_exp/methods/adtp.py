@@ -1,0 +1,169 @@
+"""AD-TP: tokens leave at one layer, chosen by a saliency that learns integrated gradients; the share adapts to the text.
+
+    a_t, a_s   attributions of teacher (cached) and student: integrated gradients, L2 per token, L2 over the sequence
+    a_c        (1−κ)·a_t + κ·a_s, κ = κ_max·u at training progress u: from the teacher's view to the student's own
+    S          saliency of each token (the scorer), taught by a_c:                               L_TSP
+    ρ          share that is kept (an adaptive retainer), taught by how concentrated a_c is:     L_ARP
+    L          (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP)
+
+L_CE and L_logit are computed on the pruned pass (what is deployed), the attributions on the full one: a pruned token
+would get attribution 0 and could never come back. Attributions are those of the deployed model: fp32, dropout off.
+
+The slides leave open what teaches ρ. Here (methods.md B4 (5)), by `ratio_target`:
+    mass    the smallest ratio whose top tokens hold the share η of a_c; η is set once so that the mean ratio is ρ*
+    oracle  the smallest ratio at which the student's loss, keeping the top of a_c, is within δ of the full loss
+    gumbel  no label: the task loss itself, through a straight-through sample, held by loss.budget_weight
+and, against the slides, ρ is read from the mean hidden state: at the input layer [CLS] is the same for every text.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from tokprune_exp import losses
+from tokprune_exp.attribution import Attribution
+from tokprune_exp.data.attributions import teacher_signals
+from tokprune_exp.data.batch import Batch
+from tokprune_exp.data.module import TaskData
+from tokprune_exp.losses import ADTPLoss
+from tokprune_exp.methods.finetune import Finetune
+from tokprune_exp.methods.module import PruningModule, Stage, Terms
+from tokprune_exp.model import ClassifierOutput, PrunedClassifier
+from tokprune_exp.pruning.pruning import Prescribed
+from tokprune_exp.pruning.retainers import AdaptiveRatio
+from tokprune_exp.pruning.scorers import TokenSaliency
+
+
+class ADTP(PruningModule):
+    """Trains the student of AD-TP; its stages are teacher (unless one is given trained, or none) and student."""
+
+    def __init__(
+        self,
+        model: PrunedClassifier,
+        metrics: list[str],
+        optimizer: Callable[..., Optimizer],
+        loss: ADTPLoss,
+        attribution: Attribution,
+        teacher: Finetune | None = None,
+        teacher_is_trained: bool = False,
+        initialises_student: bool = False,
+        ratio_target: Literal["mass", "oracle", "gumbel"] = "mass",
+        oracle_tolerance: float = 0.05,
+        epochs: int = 3,
+        warmup_fraction: float = 0.1,
+        dense_fraction: float = 0.1,
+        pruner_lr: float = 1e-3,
+    ) -> None:
+        super().__init__(model, metrics, optimizer, epochs, warmup_fraction, pruner_lr)
+        if not 0 <= dense_fraction <= 1:
+            raise ValueError(f"method.dense_fraction={dense_fraction} must lie between 0 and 1")
+        if ratio_target not in ("mass", "oracle", "gumbel"):
+            raise ValueError(f"method.ratio_target={ratio_target}: mass, oracle or gumbel")
+        assert model.pruning is not None
+        self.loss, self.attribution = loss, attribution
+        self.ratio_target, self.oracle_tolerance, self.dense_fraction = ratio_target, oracle_tolerance, dense_fraction
+        # in a tuple, so that the teacher is neither trained nor checkpointed with the student
+        self.teachers = (teacher,) if teacher is not None else ()
+        self.teacher_is_trained, self.initialises_student = teacher_is_trained, initialises_student
+        self.scorer, self.retainer = model.pruning.scorer, model.pruning.retainer
+        self.eta = 0.0
+        if isinstance(self.retainer, AdaptiveRatio):
+            self.retainer.explores = ratio_target == "gumbel"
+
+    @property
+    def dense(self) -> PrunedClassifier | None:
+        """The teacher."""
+        return self.teachers[0].model if self.teachers else None
+
+    def stages(self) -> list[Stage]:
+        """First the teacher, then the student."""
+        teachers = [] if self.teacher_is_trained else [Stage("teacher", one, one.epochs) for one in self.teachers]
+        return [*teachers, Stage("student", self, self.epochs, before=self.prepare)]
+
+    def prepare(self, data: TaskData) -> None:
+        """Start the student from the teacher if asked, and fix what the teacher says of the training set."""
+        if self.dense is None:
+            return
+        if self.initialises_student:
+            self.model.start_from(self.dense)
+        logits, attributions = teacher_signals(self.dense, data.train, self.attribution, data.cache, self.device)
+        data.train.attach_teacher(logits, attributions)
+        if isinstance(self.retainer, AdaptiveRatio) and self.ratio_target == "mass":
+            masses = [
+                losses.mass_by_ratio(batch.teacher_attribution, self.model.sequences(batch).prunable, self.retainer.ratios)
+                for batch in data.in_order(data.train)
+            ]
+            self.eta = losses.calibrate_eta(torch.cat(masses), self.retainer.ratios, self.retainer.ratio)
+
+    def terms(self, batch: Batch) -> Terms:
+        """Compute AD-TP's loss: one full pass for the attributions, one pruned pass for the task."""
+        weights, kappa = self.loss, self.loss.kappa_max * self.progress if self.teachers else 1.0
+        prunable = self.model.sequences(batch).prunable
+
+        own = self.own_attribution(batch, kappa)  # A_s
+        taught = batch.teacher_attribution if self.teachers else own  # A_t
+        target = losses.joint_attribution(taught, own, kappa, prunable)  # a_c
+
+        pruned = self.pruned_pass(batch)
+        trace, logits = pruned.trace, pruned.logits.float()
+        importance = next(layer.importance for layer in trace.layers if layer.importance is not None)
+
+        parts = {"cross_entropy": losses.task_loss(logits, batch.labels).mean()}
+        total = (1 - weights.alpha) * parts["cross_entropy"]
+        if batch.teacher_logits is not None:
+            parts["logit"] = losses.logit_distillation(logits, batch.teacher_logits, weights.temperature)
+            parts["attribution"] = losses.attribution_distance(own, taught, batch.valid)
+            total = total + weights.alpha * parts["logit"] + weights.beta * parts["attribution"]
+        if isinstance(self.scorer, TokenSaliency):
+            parts["saliency"] = losses.saliency_loss(importance, target, prunable, weights.listwise_weight)
+            total = total + weights.gamma * parts["saliency"]
+        if trace.ratio_logits is not None:
+            parts["ratio"] = self.ratio_loss(trace.ratio_logits, target, batch)
+            total = total + weights.gamma * parts["ratio"]
+        parts["retention"] = trace.retention[:, -1].mean()
+        return Terms(total, parts)
+
+    def own_attribution(self, batch: Batch, kappa: float) -> Float[Tensor, "batch tokens"]:
+        """Compute A_s, differentiable when L_IG needs it; zeros when nothing does."""
+        distils = self.loss.beta > 0 and bool(self.teachers)
+        if not distils and (kappa == 0 or self.loss.gamma == 0):
+            return torch.zeros_like(batch.valid, dtype=torch.float32)
+        return self.model.attribute(batch, self.attribution, create_graph=distils)
+
+    def pruned_pass(self, batch: Batch) -> ClassifierOutput:
+        """Run the deployed computation; in the first `dense_fraction` of the steps every token is still kept."""
+        return self.model.classify(*self.model.start(batch), enforce=self.progress >= self.dense_fraction)
+
+    def ratio_loss(
+        self, ratio_logits: Float[Tensor, "batch ratios"], target: Float[Tensor, "batch tokens"], batch: Batch
+    ) -> Float[Tensor, ""]:
+        """Compute L_ARP = CE(q, y(a_c)) + μ·(mean Σ_c q_c r_c − ρ*)²; gumbel has the second term only."""
+        assert isinstance(self.retainer, AdaptiveRatio)
+        ratios = self.retainer.ratios
+        loss = self.loss.budget_weight * losses.budget_loss(ratio_logits, ratios, self.retainer.ratio)
+        if self.ratio_target == "mass":
+            mass = losses.mass_by_ratio(target, self.model.sequences(batch).prunable, ratios)
+            loss = loss + F.cross_entropy(ratio_logits, losses.smallest_sufficient_ratio(mass, self.eta))
+        if self.ratio_target == "oracle":
+            loss = loss + F.cross_entropy(ratio_logits, self.oracle_ratio(target, batch))
+        return loss
+
+    @torch.no_grad()
+    def oracle_ratio(self, target: Float[Tensor, "batch tokens"], batch: Batch) -> Int[Tensor, " batch"]:
+        """Find the smallest ratio whose loss on the top tokens of a_c is within δ of the full loss: C extra passes."""
+        assert isinstance(self.retainer, AdaptiveRatio)
+        embeddings, layout = self.model.start(batch)
+        full = losses.task_loss(self.model.classify(embeddings, layout, prune=False).logits.float(), batch.labels)
+        sufficient = []
+        for ratio in self.retainer.ratios:
+            keep = self.retainer.keep(target, float(ratio), layout)
+            encoded = self.model.encoder(embeddings, layout, Prescribed(keep, self.retainer.layer))
+            pruned = losses.task_loss(self.model.head(encoded.first).float(), batch.labels)
+            sufficient.append(pruned <= full + self.oracle_tolerance)
+        enough = torch.stack([*sufficient[:-1], torch.ones_like(sufficient[-1])], dim=1)  # everything always suffices
+        return enough.int().argmax(1)

@@ -1,0 +1,139 @@
+"""What every method shares: one training step, the metric that chooses epochs, the optimizer's groups. No method's maths."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from tokprune_exp.data.batch import Batch
+from tokprune_exp.data.module import TaskData
+from tokprune_exp.measure.metrics import evaluate_metrics
+from tokprune_exp.model import PrunedClassifier
+
+
+@dataclass
+class Terms:
+    """A loss and the terms it was put together from, each before its weight."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass
+class Stage:
+    """One training: its own Trainer, its own checkpoints, its own prefix in the logs."""
+
+    name: str
+    module: "PruningModule"
+    epochs: int
+    before: Callable[[TaskData], None] | None = None
+    """Runs when the earlier stages have ended and before this one starts or resumes."""
+
+
+class PruningModule(LightningModule):
+    """Trains one classifier; a method says with which loss, in which stages.
+
+    `optimizer` builds the optimizer from parameter groups. The learning rate rises over the first `warmup_fraction` of
+    the steps and then falls linearly to 0. Parameters of scorer and retainer use `pruner_lr`.
+    """
+
+    def __init__(
+        self,
+        model: PrunedClassifier,
+        metrics: list[str],
+        optimizer: Callable[..., Optimizer],
+        epochs: int = 3,
+        warmup_fraction: float = 0.1,
+        pruner_lr: float | None = None,
+    ) -> None:
+        super().__init__()
+        if epochs < 1:
+            raise ValueError(f"method.epochs={epochs} must be at least 1")
+        if not 0 <= warmup_fraction < 1:
+            raise ValueError(f"method.warmup_fraction={warmup_fraction} must be at least 0 and below 1")
+        self.model = model
+        self.metrics = metrics
+        self.build_optimizer = optimizer
+        self.epochs, self.warmup_fraction, self.pruner_lr = epochs, warmup_fraction, pruner_lr
+        self.prefix = "train"
+        self.validated: list[tuple[Tensor, Tensor]] = []
+
+    @abstractmethod
+    def terms(self, batch: Batch) -> Terms:
+        """Compute the loss of a training batch."""
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """List the trainings of this method, in order."""
+
+    @property
+    def dense(self) -> PrunedClassifier | None:
+        """The unpruned model that the result is held against; None: the trained model is itself unpruned."""
+        return None
+
+    @property
+    def progress(self) -> float:
+        """Training progress u of the stage, from 0 to 1."""
+        return self.trainer.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Compute the loss, log its terms, and stop at the first one that is not a number."""
+        terms = self.terms(batch)
+        for name, value in {**terms.parts, "loss": terms.total}.items():
+            if not torch.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value.item()} at step {self.trainer.global_step} of stage {self.prefix}; "
+                    f"a lower optimizer.lr or a smaller weight of this term may help"
+                )
+            self.log(f"{self.prefix}/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(batch.labels))
+        return terms.total
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Collect predictions on the selection slice."""
+        self.validated.append((self.model(batch).logits.float(), batch.labels))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the task's metrics on the selection slice; the first of them chooses the epoch."""
+        logits, labels = (torch.cat(parts) for parts in zip(*self.validated, strict=True))
+        self.validated.clear()
+        for name, value in evaluate_metrics(self.metrics, logits.cpu(), labels.cpu()).items():
+            self.log(f"{self.prefix}/selection_{name}", value, prog_bar=name == self.metrics[0])
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm of all gradients; Lightning refuses to where a fused optimizer could also unscale fp16."""
+        if self.trainer.precision == "16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """Build parameter groups (no decay for biases and norms, own rate for the pruning) and the linear schedule."""
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                is_pruner = name.startswith("pruning.") and self.pruner_lr is not None
+                groups.setdefault((is_pruner, parameter.dim() > 1), []).append(parameter)
+        optimizer = self.build_optimizer(
+            [
+                {
+                    "params": parameters,
+                    **({"lr": self.pruner_lr} if is_pruner else {}),
+                    **({} if decays else {"weight_decay": 0.0}),
+                }
+                for (is_pruner, decays), parameters in groups.items()
+            ]
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = max(1, round(self.warmup_fraction * steps))
+
+        def rate(step: int) -> float:
+            return (step + 1) / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}}

@@ -1,0 +1,194 @@
+"""PrunedClassifier: encoder, pruning and head as one module; and the directory it is saved to and loaded from."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokprune_exp.attribution import (
+    Attribution,
+    gold_score,
+    integrated_gradients,
+    normalise_over_sequence,
+    token_magnitude,
+)
+from tokprune_exp.data.batch import Batch
+from tokprune_exp.encoder.encoder import EncoderOutput, EncoderShape, PrunedEncoder
+from tokprune_exp.encoder.layout import LAYOUTS, Layout, Sequences
+from tokprune_exp.encoder.trace import PruningTrace
+from tokprune_exp.errors import UserError
+from tokprune_exp.head import Head
+from tokprune_exp.pruning.pruning import RETAINERS, SCORERS, Pruning
+
+Execution = Literal["masked", "gathered"]
+FORMAT = 1
+"""Version of the model directory; raised when an old directory can no longer be read."""
+
+
+@dataclass
+class ClassifierOutput:
+    """Logits (or one score) per sequence and the record of what was pruned on the way."""
+
+    logits: Float[Tensor, "batch outputs"]
+    trace: PruningTrace
+
+
+class PrunedClassifier(nn.Module):
+    """A text classifier that drops tokens; `pruning=None` is the plain encoder.
+
+    `separator` is the id of [SEP] (or </s>), protected when the retainer keeps separators.
+    """
+
+    def __init__(self, encoder: PrunedEncoder, head: Head, pruning: Pruning | None, separator: int) -> None:
+        super().__init__()
+        self.encoder, self.head, self.pruning, self.separator = encoder, head, pruning, separator
+        if pruning is not None:
+            last = encoder.shape.layers - 1
+            if not any(pruning.retainer.prunes_at(n) for n in range(last + 1)) and hasattr(pruning.retainer, "ratio"):
+                raise ValueError(f"retainer.layer={pruning.retainer.layer}, but this encoder has layers 0 to {last}")
+
+    def sequences(self, batch: Batch) -> Sequences:
+        """Describe a batch to scorers and retainers: real and protected tokens, a fingerprint of each text."""
+        protected = torch.zeros_like(batch.valid)
+        protected[:, 0] = True
+        if self.pruning is not None and self.pruning.retainer.keeps_separators:
+            protected |= batch.valid & (batch.input_ids == self.separator)
+        places = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device)
+        fingerprint = ((batch.input_ids.long() + 1) * places.square() * batch.valid).sum(1)
+        return Sequences(batch.valid, protected, fingerprint)
+
+    def start(self, batch: Batch, execution: Execution = "masked") -> tuple[Tensor, Layout]:
+        """Embed a batch: the input of the first layer and the layout it lies in."""
+        layout = LAYOUTS[execution].start(self.sequences(batch))
+        return self.encoder.embed(batch.input_ids, batch.token_type_ids, layout), layout
+
+    def classify(self, embeddings: Tensor, layout: Layout, prune: bool = True, enforce: bool = True) -> ClassifierOutput:
+        """Classify embedded tokens, with or without pruning; `enforce=False` asks the pruning but keeps every token."""
+        encoded: EncoderOutput = self.encoder(embeddings, layout, self.pruning if prune else None, enforce)
+        return ClassifierOutput(self.head(encoded.first), encoded.trace)
+
+    def forward(self, batch: Batch, execution: Execution = "masked", prune: bool = True) -> ClassifierOutput:
+        """Classify a batch, masked (fixed shapes) or gathered (pruned tokens and padding are gone)."""
+        return self.classify(*self.start(batch, execution), prune=prune)
+
+    def padding_embeddings(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:
+        """Embed the padding token at every position: the baseline E' of integrated gradients (baseline=pad)."""
+        layout = LAYOUTS["masked"].start(self.sequences(batch))
+        padding = torch.full_like(batch.input_ids, self.encoder.shape.pad_token)
+        return self.encoder.embed(padding, batch.token_type_ids, layout)
+
+    def attribute(
+        self, batch: Batch, settings: Attribution, create_graph: bool = False, top_k: int | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """Compute A, the normalised attribution of each token to the gold answer of the unpruned model.
+
+        Always in fp32 and without dropout: under autocast a confident model's gradients round to nothing.
+        """
+        with without_dropout(self), torch.autocast(batch.valid.device.type, enabled=False):
+            embeddings, layout = self.start(batch)
+            baseline = self.padding_embeddings(batch) if settings.baseline == "pad" else torch.zeros_like(embeddings)
+            gradients = integrated_gradients(
+                lambda point: gold_score(self.classify(point, layout, prune=False).logits, batch.labels),
+                embeddings,
+                baseline,
+                settings.steps,
+                create_graph,
+            )
+        return normalise_over_sequence(token_magnitude(gradients, top_k), batch.valid)
+
+    def start_from(self, teacher: "PrunedClassifier") -> None:
+        """Copy the weights of a teacher of the same width: its first layers, its head.
+
+        Raises:
+            UserError: the teacher's sizes do not fit (config key teacher.initialises_student).
+        """
+        ours, theirs = self.encoder.shape, teacher.encoder.shape
+        if replace(theirs, layers=ours.layers, dropout=ours.dropout) != ours or theirs.layers < ours.layers:
+            raise UserError(
+                f"teacher.initialises_student=true needs a teacher of the student's width with at least as many layers: "
+                f"the teacher has {theirs.layers} layers of {theirs.dim}, the student {ours.layers} of {ours.dim}"
+            )
+        self.encoder.load_state_dict(teacher.encoder.first_layers(ours.layers).state_dict())
+        self.head.load_state_dict(teacher.head.state_dict())
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode for a while, gradients and all."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class ModelCard:
+    """What a model directory says of itself besides its weights: enough to use it without any other configuration."""
+
+    task: str
+    labels: list[str]
+    max_tokens: int
+    pair: bool
+    published_length: int
+    method: str
+    metrics: list[str]
+
+
+def save_model(directory: Path, model: PrunedClassifier, card: ModelCard, tokenizer: Any) -> None:
+    """Write a model directory: config.json, model.safetensors and the tokenizer's files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    pruning = None
+    if model.pruning is not None:
+        scorer, retainer = model.pruning.scorer, model.pruning.retainer
+        pruning = {
+            "scorer": {"type": _type_name(SCORERS, scorer), **scorer.settings()},
+            "retainer": {"type": _type_name(RETAINERS, retainer), **retainer.settings()},
+        }
+    config = {
+        "format": FORMAT,
+        "encoder": asdict(model.encoder.shape),
+        "head": {"outputs": model.head.classifier.out_features},
+        "pruning": pruning,
+        "separator": model.separator,
+        "card": asdict(card),
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    tokenizer.save_pretrained(directory)
+
+
+def load_model(directory: Path) -> tuple[PrunedClassifier, ModelCard]:
+    """Build the model that a directory describes, in evaluation mode.
+
+    Raises:
+        UserError: there is no model there, or one of another format.
+    """
+    if not (directory / "config.json").is_file() or not (directory / "model.safetensors").is_file():
+        raise UserError(f"no model in {directory}: looked for config.json and model.safetensors, which a run writes to model/")
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("format") != FORMAT:
+        raise UserError(f"{directory}/config.json is not a tokprune_exp model of format {FORMAT}")
+    shape = EncoderShape(**config["encoder"])
+    pruning = None
+    if config["pruning"] is not None:
+        parts = {}
+        for kind, registry in (("scorer", SCORERS), ("retainer", RETAINERS)):
+            settings = dict(config["pruning"][kind])
+            parts[kind] = registry[settings.pop("type")](shape.dim, **settings)
+        pruning = Pruning(**parts)
+    model = PrunedClassifier(PrunedEncoder(shape), Head(shape.dim, **config["head"]), pruning, config["separator"])
+    model.load_state_dict(load_file(directory / "model.safetensors"))
+    return model.eval(), ModelCard(**config["card"])
+
+
+def _type_name(registry: dict[str, Any], part: nn.Module) -> str:
+    return next(name for name, cls in registry.items() if type(part) is cls)

@@ -1,0 +1,1 @@
+"""Which tokens stay: scorers give an importance per token, retainers turn importances into a keep mask."""

@@ -1,0 +1,66 @@
+"""A pruning is a scorer and a retainer: together they answer the encoder's question which tokens go on."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tokprune_exp.encoder.layout import Layout
+from tokprune_exp.encoder.trace import Decision, PruningTrace
+from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, RandomRatio, Retainer, StaticRatio
+from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, Scorer, TokenSaliency
+
+SCORERS: dict[str, type[Scorer]] = {
+    "token_saliency": TokenSaliency,
+    "attention_mass": AttentionMass,
+    "random": RandomScores,
+}
+RETAINERS: dict[str, type[Retainer]] = {
+    "keep_all": KeepAll,
+    "static": StaticRatio,
+    "random": RandomRatio,
+    "adaptive": AdaptiveRatio,
+}
+
+
+@dataclass(frozen=True)
+class Prescribed:
+    """A pruning whose keep mask is given: for oracles and what-if questions."""
+
+    keep: Bool[Tensor, "batch tokens"]
+    layer: int = 0
+
+    def decides(self, layer: int, after_attention: bool) -> bool:
+        """Prune before the attention of the given layer."""
+        return layer == self.layer and not after_attention
+
+    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None) -> Decision:
+        """Keep what was prescribed."""
+        return Decision(self.keep.float(), self.keep)
+
+
+class Pruning(nn.Module):
+    """Any scorer with any retainer; the scorer's kind says when in a layer the choice is made."""
+
+    def __init__(self, scorer: Scorer, retainer: Retainer) -> None:
+        super().__init__()
+        self.scorer, self.retainer = scorer, retainer
+
+    def decides(self, layer: int, after_attention: bool) -> bool:
+        """Whether tokens are chosen at this place of the encoder."""
+        return self.retainer.prunes_at(layer) and self.scorer.reads_attention == after_attention
+
+    def decide(
+        self, hidden: Float[Tensor, "*tokens dim"], layout: Layout, received: Float[Tensor, "batch grid"] | None
+    ) -> Decision:
+        """Score the alive tokens, then choose among them."""
+        return self.retainer(self.scorer(hidden, layout, received), hidden, layout)
+
+    def macs(self, trace: PruningTrace) -> Int[Tensor, " batch"]:
+        """Count the multiply-adds of scoring and choosing, per sequence: the overhead of pruning."""
+        total = trace.lengths * 0
+        for number in range(len(trace.layers)):
+            if self.retainer.prunes_at(number):
+                before = trace.layers[number - 1].outputs if number else trace.valid
+                total = total + before.sum(1) * self.scorer.macs_per_token() + self.retainer.macs_per_sequence()
+        return total

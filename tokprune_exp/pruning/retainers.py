@@ -1,0 +1,191 @@
+"""Retainers: importances → which tokens stay, hard (a boolean mask) and, to learn from, a straight-through gate.
+
+Every class takes the encoder's `dim` first; its other arguments are its keys in `conf/retainer`. `layer` is where it
+prunes, 0-based: with a scorer that reads hidden states before that layer (0: at the embeddings, AD-TP's place), with
+one that reads attention inside it.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokprune_exp.encoder.layout import Layout
+from tokprune_exp.encoder.trace import Decision
+from tokprune_exp.pruning.selection import keep_top, uniform_noise
+
+
+class Retainer(nn.Module, ABC):
+    """Keeps the most important tokens of each sequence at one layer."""
+
+    def __init__(self, layer: int = 0, keeps_separators: bool = False) -> None:
+        super().__init__()
+        if layer < 0:
+            raise ValueError(f"retainer.layer={layer} must be 0 or more")
+        self.layer, self.keeps_separators = layer, keeps_separators
+
+    def prunes_at(self, layer: int) -> bool:
+        """Whether tokens are dropped at this 0-based layer."""
+        return layer == self.layer
+
+    @abstractmethod
+    def forward(
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+    ) -> Decision:
+        """Choose the tokens to keep; hidden states are those before pruning."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor arguments besides `dim`, to be stored beside the weights."""
+        return {"layer": self.layer, "keeps_separators": self.keeps_separators}
+
+    def macs_per_sequence(self) -> int:
+        """Count the multiply-adds that one sequence costs."""
+        return 0
+
+
+class KeepAll(Retainer):
+    """Keeps everything: the unpruned model."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def prunes_at(self, layer: int) -> bool:
+        """Never prune."""
+        return False
+
+    def forward(
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+    ) -> Decision:
+        """Keep what is alive."""
+        return Decision(importance, layout.alive)
+
+    def settings(self) -> dict[str, Any]:
+        """Return nothing: there is nothing to set."""
+        return {}
+
+
+class RatioRetainer(Retainer):
+    """Keeps the protected tokens and the ⌈ρ·|V|⌉ most important of the prunable ones; subclasses choose ρ."""
+
+    def __init__(self, ratio: float, layer: int, keeps_separators: bool) -> None:
+        super().__init__(layer, keeps_separators)
+        if not 0 < ratio <= 1:
+            raise ValueError(f"retainer.ratio={ratio} must be above 0 and at most 1")
+        self.ratio = ratio
+
+    def keep(
+        self, importance: Float[Tensor, "batch grid"], ratio: Float[Tensor, " batch"] | float, layout: Layout
+    ) -> Tensor:
+        """Return the keep mask for one ratio per sequence."""
+        prunable = layout.sequences.prunable & layout.alive
+        return keep_top(importance, ratio, prunable, layout.sequences.protected & layout.alive)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor arguments besides `dim`."""
+        return {"ratio": self.ratio, **super().settings()}
+
+
+class StaticRatio(RatioRetainer):
+    """The same ρ for every sequence (AD-TP, Table 4: static)."""
+
+    def __init__(self, dim: int, ratio: float = 0.3, layer: int = 0, keeps_separators: bool = False) -> None:
+        super().__init__(ratio, layer, keeps_separators)
+
+    def forward(
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+    ) -> Decision:
+        """Keep the share ρ of each sequence."""
+        return Decision(importance, self.keep(importance, self.ratio, layout))
+
+
+class RandomRatio(RatioRetainer):
+    """A random ρ per sequence, uniform around the mean `ratio` (AD-TP, Table 4: random)."""
+
+    def __init__(
+        self, dim: int, ratio: float = 0.3, layer: int = 0, seed: int = 0, keeps_separators: bool = False
+    ) -> None:
+        super().__init__(ratio, layer, keeps_separators)
+        self.seed = seed
+
+    def forward(
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+    ) -> Decision:
+        """Draw ρ in [ratio − w, ratio + w], the widest range that fits into (0, 1]."""
+        half_width = min(self.ratio, 1 - self.ratio)
+        noise = uniform_noise(layout.sequences.fingerprint, 1, self.seed)[:, 0]
+        return Decision(importance, self.keep(importance, self.ratio + (2 * noise - 1) * half_width, layout))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor arguments besides `dim`."""
+        return {"seed": self.seed, **super().settings()}
+
+
+class AdaptiveRatio(RatioRetainer):
+    """AD-TP's adaptive retention ratio predictor: q = softmax(W g + b) over r_c = c/C, ρ = r_argmax.
+
+    `ratio` is the mean ρ* that its training aims at. The slides read g from the [CLS] *embedding*, which before the
+    first layer is the same vector for every text, so the ratio would be a constant; hence `summary: mean` (of the
+    hidden states) by default, and `cls` is refused at layer 0 (methods.md B3).
+
+    In training, `explores` makes the ratio a Gumbel sample with a straight-through gate instead of the argmax, so that
+    the task loss can teach W (methods.md B4 (5), gumbel).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ratio: float = 0.3,
+        candidates: int = 10,
+        summary: Literal["mean", "cls", "cls_mean"] = "mean",
+        layer: int = 0,
+        keeps_separators: bool = False,
+    ) -> None:
+        super().__init__(ratio, layer, keeps_separators)
+        if summary not in ("mean", "cls", "cls_mean"):
+            raise ValueError(f"retainer.summary={summary}: mean, cls or cls_mean")
+        if summary == "cls" and layer == 0:
+            raise ValueError(
+                "retainer.summary=cls with retainer.layer=0: the [CLS] embedding is the same for every text, so the "
+                "ratio would be a constant; use summary=mean, or prune at layer 1 or later"
+            )
+        if candidates < 2:
+            raise ValueError(f"retainer.candidates={candidates} must be at least 2")
+        self.dim, self.candidates, self.summary = dim, candidates, summary
+        self.classifier = nn.Linear(dim * (2 if summary == "cls_mean" else 1), candidates)
+        self.explores = False
+        self.gumbel_temperature = 1.0
+
+    @property
+    def ratios(self) -> Float[Tensor, " ratios"]:
+        """The candidate list r_c = c/C."""
+        return torch.arange(1, self.candidates + 1, device=self.classifier.weight.device) / self.candidates
+
+    def forward(
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+    ) -> Decision:
+        """Predict ρ per sequence and keep that share."""
+        parts = []
+        if self.summary != "mean":
+            parts.append(layout.first(hidden))
+        if self.summary != "cls":
+            parts.append(layout.mean(hidden))
+        logits = self.classifier(torch.cat(parts, dim=-1)).float()
+        if not (self.explores and self.training):
+            keep = self.keep(importance, self.ratios[logits.argmax(-1)], layout)
+            return Decision(importance, keep, ratio_logits=logits)
+        # gate_i = Σ_c w_c · 1[i is among the top ⌈r_c |V|⌉], w one-hot in value, soft in gradient
+        weights = F.gumbel_softmax(logits, tau=self.gumbel_temperature, hard=True)
+        kept_by_ratio = [self.keep(importance, float(ratio), layout) for ratio in self.ratios]
+        gate = torch.einsum("bc,cbn->bn", weights, torch.stack(kept_by_ratio).to(weights.dtype))
+        return Decision(importance, gate.detach() > 0.5, gate, logits)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor arguments besides `dim`."""
+        return {"candidates": self.candidates, "summary": self.summary, **super().settings()}
+
+    def macs_per_sequence(self) -> int:
+        """Count the linear layer."""
+        return self.classifier.in_features * self.candidates
