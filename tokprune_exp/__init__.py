@@ -12,7 +12,7 @@ The way of the data, in the order to read the code in:
     tracking.py   names, loggers, result.json
     curves.py     the results of a sweep → table and figure
 
-`run.py` says the same sentence in code. `tokprune_exp.load(directory)` gives back the model of a finished run.
+`run.py` says the same sentence in code. `tokprune_exp.load(directory).predict(texts)` uses the model of a finished run.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import `load` when it is asked for, so that the command line starts without torch."""
     if name == "load":
-        from tokprune_exp.model import load
+        from tokprune_exp.serving import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Every loss term as a pure function, with its equation; and AD-TP's weights.
 
-    L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP)                        (AD-TP slides, overall objective)
+L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP)                        (AD-TP slides, overall objective)
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from tokprune_exp.attribution import normalise_over_sequence
 from tokprune_exp.pruning.selection import kept_count
-
 
 SMALLEST_MASS = 1e-12
 """A sequence without attribution (nothing prunable, or no gradient) holds nothing, not 0/0."""
@@ -131,15 +130,19 @@ def smallest_sufficient_ratio(mass: Float[Tensor, "batch ratios"], eta: float) -
 
 
 def calibrate_eta(mass: Float[Tensor, "examples ratios"], ratios: Float[Tensor, " ratios"], target: float) -> float:
-    """Find η by bisection so that the mean pseudo-labelled ratio over a training set is ρ* = `target`."""
+    """Find η by bisection so that the mean pseudo-labelled ratio over a training set is ρ* = `target`.
+
+    The mean grows with η in steps; where none of them is ρ*, the nearest is taken.
+    """
+
+    def excess(eta: float) -> float:
+        return float(ratios[smallest_sufficient_ratio(mass, eta)].double().mean()) - target
+
     low, high = 0.0, 1.0
     for _ in range(40):
-        eta = (low + high) / 2
-        if float(ratios[smallest_sufficient_ratio(mass, eta)].mean()) < target:
-            low = eta
-        else:
-            high = eta
-    return (low + high) / 2
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return min(low, high, key=lambda eta: abs(excess(eta)))
 
 
 def budget_loss(ratio_logits: Float[Tensor, "batch ratios"], ratios: Tensor, target: float) -> Float[Tensor, ""]:

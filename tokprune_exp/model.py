@@ -69,7 +69,9 @@ class PrunedClassifier(nn.Module):
         layout = LAYOUTS[execution].start(self.sequences(batch))
         return self.encoder.embed(batch.input_ids, batch.token_type_ids, layout), layout
 
-    def classify(self, embeddings: Tensor, layout: Layout, prune: bool = True, enforce: bool = True) -> ClassifierOutput:
+    def classify(
+        self, embeddings: Tensor, layout: Layout, prune: bool = True, enforce: bool = True
+    ) -> ClassifierOutput:
         """Classify embedded tokens, with or without pruning; `enforce=False` asks the pruning but keeps every token."""
         encoded: EncoderOutput = self.encoder(embeddings, layout, self.pruning if prune else None, enforce)
         return ClassifierOutput(self.head(encoded.first), encoded.trace)
@@ -112,7 +114,7 @@ class PrunedClassifier(nn.Module):
         ours, theirs = self.encoder.shape, teacher.encoder.shape
         if replace(theirs, layers=ours.layers, dropout=ours.dropout) != ours or theirs.layers < ours.layers:
             raise UserError(
-                f"teacher.initialises_student=true needs a teacher of the student's width with at least as many layers: "
+                f"teacher.initialises_student=true needs a teacher of the student's width and at least its layers: "
                 f"the teacher has {theirs.layers} layers of {theirs.dim}, the student {ours.layers} of {ours.dim}"
             )
         self.encoder.load_state_dict(teacher.encoder.first_layers(ours.layers).state_dict())
@@ -162,7 +164,9 @@ def save_model(directory: Path, model: PrunedClassifier, card: ModelCard, tokeni
         "card": asdict(card),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / "model.safetensors"
+    )
     tokenizer.save_pretrained(directory)
 
 
@@ -173,18 +177,21 @@ def load_model(directory: Path) -> tuple[PrunedClassifier, ModelCard]:
         UserError: there is no model there, or one of another format.
     """
     if not (directory / "config.json").is_file() or not (directory / "model.safetensors").is_file():
-        raise UserError(f"no model in {directory}: looked for config.json and model.safetensors, which a run writes to model/")
+        raise UserError(
+            f"no model in {directory}: looked for config.json and model.safetensors, which a run writes to model/"
+        )
     config = json.loads((directory / "config.json").read_text())
     if config.get("format") != FORMAT:
         raise UserError(f"{directory}/config.json is not a tokprune_exp model of format {FORMAT}")
     shape = EncoderShape(**config["encoder"])
     pruning = None
     if config["pruning"] is not None:
-        parts = {}
-        for kind, registry in (("scorer", SCORERS), ("retainer", RETAINERS)):
+        parts: dict[str, Any] = {}
+        registries: dict[str, dict[str, Any]] = {"scorer": SCORERS, "retainer": RETAINERS}
+        for kind, registry in registries.items():
             settings = dict(config["pruning"][kind])
             parts[kind] = registry[settings.pop("type")](shape.dim, **settings)
-        pruning = Pruning(**parts)
+        pruning = Pruning(parts["scorer"], parts["retainer"])
     model = PrunedClassifier(PrunedEncoder(shape), Head(shape.dim, **config["head"]), pruning, config["separator"])
     model.load_state_dict(load_file(directory / "model.safetensors"))
     return model.eval(), ModelCard(**config["card"])

@@ -1,8 +1,8 @@
 """The loop over a method's stages: one Trainer each, resumed at the epoch that was reached, skipped when done.
 
-    checkpoints/<stage>/last.ckpt           written after every epoch; a killed run goes on from it
-    checkpoints/<stage>/best.ckpt           the epoch with the best metric on the selection slice
-    checkpoints/<stage>/weights.safetensors the chosen weights; that it exists means that the stage is done
+checkpoints/<stage>/last.ckpt           written after every epoch; a killed run goes on from it
+checkpoints/<stage>/best.ckpt           the epoch with the best metric on the selection slice
+checkpoints/<stage>/weights.safetensors the chosen weights; that it exists means that the stage is done
 """
 
 import logging
@@ -46,8 +46,6 @@ def run_stage(
         stage.module.model.load_state_dict(load_file(weights))
         return StageReport(stage.name, time.perf_counter() - started, was_done=True)
 
-    if stage.before is not None:
-        stage.before(data)
     metric = f"{stage.name}/selection_{stage.module.metrics[0]}"
     checkpoint = ModelCheckpoint(
         dirpath=folder,
@@ -67,6 +65,8 @@ def run_stage(
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    if stage.before is not None:
+        stage.before(data, trainer.strategy.root_device)
     last = folder / "last.ckpt"
     if last.is_file():
         LOGGER.info("stage %s: goes on from %s", stage.name, last)

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -270,13 +271,13 @@ def close(loggers: Iterable[Logger], failed: bool = False) -> None:
             logger.experiment.finish(exit_code=int(failed))
 
 
-def silence_advertisements() -> None:
-    """Keep Lightning from printing advertisements ("💡 Tip: …") with every Trainer; it has no switch for them."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-
-
-def _is_no_advertisement(message: logging.LogRecord) -> bool:
-    return not str(message.msg).startswith("💡 Tip")
+def quieten_lightning() -> None:
+    """Keep Lightning from announcing with every Trainer what hardware there is and what else could be installed."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    # raised by Lightning itself on torch 2.13
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 def _make_wandb_logger(
@@ -298,6 +299,7 @@ def _make_wandb_logger(
         dir=str(directory),
         mode="offline" if settings.offline else "online",
         reinit="finish_previous",
+        settings=wandb.Settings(silent=True),  # the path of the run is printed with all others at the end
     )
     return StagewiseWandbLogger(
         name=name, project=settings.project, save_dir=directory, offline=settings.offline, experiment=run

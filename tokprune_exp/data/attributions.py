@@ -18,7 +18,11 @@ BATCH_SIZE = 32
 
 
 def teacher_signals(
-    teacher: PrunedClassifier, split: EncodedSplit, settings: Attribution, cache: Path, device: torch.device | str = "cpu"
+    teacher: PrunedClassifier,
+    split: EncodedSplit,
+    settings: Attribution,
+    cache: Path,
+    device: torch.device | str = "cpu",
 ) -> tuple[Float[Tensor, "examples outputs"], Float[Tensor, " tokens"]]:
     """Compute a frozen teacher's logits z_t and attributions A_t for each example of a split.
 

@@ -1,6 +1,6 @@
 """What travels from the data to the encoder: one right-padded batch of token ids."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,5 +25,5 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move every tensor to a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: value if value is None else value.to(device) for name, value in values.items()})
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})

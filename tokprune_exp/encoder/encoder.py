@@ -5,6 +5,7 @@
 The same loop runs masked (`Padded`) and gathered (`Packed`); see `layout.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -147,7 +148,9 @@ class PrunedEncoder(nn.Module):
         """
         tokens = input_ids.shape[1]
         if tokens > self.shape.max_tokens:
-            raise ValueError(f"a sequence of {tokens} tokens, but this encoder has positions for {self.shape.max_tokens}")
+            raise ValueError(
+                f"a sequence of {tokens} tokens, but this encoder has positions for {self.shape.max_tokens}"
+            )
         positions = torch.arange(tokens, device=input_ids.device).expand_as(input_ids) + self.shape.position_offset
         return self.embeddings(*(layout.take(grid) for grid in (input_ids, positions, token_type_ids)))
 
@@ -164,23 +167,21 @@ class PrunedEncoder(nn.Module):
         """
         trace = PruningTrace(layout.sequences.valid)
         for number, layer in enumerate(self.layers):
-            importance, entering = None, layout.alive
+            assert isinstance(layer, EncoderLayer)
+            importance = None
             if pruning is not None and pruning.decides(number, after_attention=False):
-                decision = pruning.decide(hidden, layout, received=None)
-                importance, trace.ratio_logits = decision.importance, decision.ratio_logits
-                if enforce:
-                    layout, gather = layout.keep(decision.keep, decision.gate)
-                    hidden, entering = gather(hidden), layout.alive
-            prunes_inside = pruning is not None and pruning.decides(number, after_attention=True)
-            context, received = layer.attend(hidden, layout, wants_received=prunes_inside)
-            if pruning is not None and prunes_inside:
-                decision = pruning.decide(hidden, layout, received)
-                importance, trace.ratio_logits = decision.importance, decision.ratio_logits
-                if enforce:
-                    layout, gather = layout.keep(decision.keep, decision.gate)
-                    hidden, context = gather(hidden), gather(context)
+                importance, layout, gather = _choose(pruning, hidden, layout, None, trace, enforce)
+                hidden = gather(hidden)
+            entering = layout.alive
+            decides_inside = pruning is not None and pruning.decides(number, after_attention=True)
+            context, received = layer.attend(hidden, layout, wants_received=decides_inside)
+            if pruning is not None and decides_inside:
+                importance, layout, gather = _choose(pruning, hidden, layout, received, trace, enforce)
+                hidden, context = gather(hidden), gather(context)
             hidden = layer.finish(hidden, context)
-            trace.layers.append(LayerTrace(keys=entering, queries=entering, outputs=layout.alive, importance=importance))
+            trace.layers.append(
+                LayerTrace(keys=entering, queries=entering, outputs=layout.alive, importance=importance)
+            )
         return EncoderOutput(hidden, layout, trace)
 
     def first_layers(self, count: int) -> "PrunedEncoder":
@@ -197,3 +198,14 @@ class PrunedEncoder(nn.Module):
         student.embeddings = self.embeddings
         student.layers = self.layers[:count]
         return student
+
+
+def _choose(
+    pruning: PruningRule, hidden: Tensor, layout: Layout, received: Tensor | None, trace: PruningTrace, enforce: bool
+) -> tuple[Tensor, Layout, Callable[[Tensor], Tensor]]:
+    """Ask the pruning; return the importances, the layout of the survivors, and what reduces a tensor to them."""
+    decision = pruning.decide(hidden, layout, received)
+    trace.ratio_logits = decision.ratio_logits
+    if not enforce:
+        return decision.importance, layout, lambda tensor: tensor
+    return decision.importance, *layout.keep(decision.keep, decision.gate)

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-GATE_FLOOR = 1e-12
-"""Keeps the renormalisation of gated attention away from 0/0; far below any softmax weight that matters."""
+GATE_CEILING = 20.0
+"""How far a dropped token's score may stand above all alive ones in gated attention: keeps exp, and the gate's gradient,
+finite. It touches dropped tokens only, so no value."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,11 @@ class Padded:
         if self.gate is None:
             weights = scores.masked_fill(~self.alive[:, None, None, :], float("-inf")).softmax(-1)
         else:
-            scores = scores.masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
-            gated = scores.softmax(-1) * self.gate[:, None, None, :]
-            weights = gated / (gated.sum(-1, keepdim=True) + GATE_FLOOR)
+            # relative to the largest alive score, so that the alive weights are exact whatever was dropped
+            peak = scores.masked_fill(~self.alive[:, None, None, :], float("-inf")).amax(-1, keepdim=True).detach()
+            relative = (scores - peak).masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
+            gated = relative.clamp(max=GATE_CEILING).exp() * self.gate[:, None, None, :]
+            weights = gated / gated.sum(-1, keepdim=True)
         received = None
         if wants_received:
             received = self.to_grid((weights.mean(1) * self.alive[:, :, None]).sum(1))
@@ -157,7 +160,9 @@ class Packed:
     ) -> tuple[Float[Tensor, "total dim"], Float[Tensor, "batch tokens"] | None]:
         """Mix the values within each sequence; see `Padded.attend`. One small attention per sequence, no padding."""
         total, dim = query.shape
-        q, k, v = (x.view(total, heads, dim // heads).transpose(0, 1) for x in (query, key, value))  # (H, total, d_head)
+        q, k, v = (
+            x.view(total, heads, dim // heads).transpose(0, 1) for x in (query, key, value)
+        )  # (H, total, d_head)
         contexts, received = [], []
         for one_q, one_k, one_v in zip(*(x.split(self.counts, dim=1) for x in (q, k, v)), strict=True):
             if wants_received:

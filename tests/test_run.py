@@ -1,0 +1,200 @@
+"""Whole runs: what they leave behind, that a killed one goes on, that every method works on every task."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from tokprune_exp.config import check_config, choices, config_directory
+from tokprune_exp.errors import UserError
+from tokprune_exp.model import load_model
+from tokprune_exp.run import run
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def tiny_overrides(tiny_root, tiny_tokenizer_directory, tmp_path):
+    """The tiny task with a random encoder, so that a whole run takes seconds."""
+    return [
+        "task=sst2",
+        "task.name=tiny",
+        "task.directory=tiny",
+        "backbone=tiny",
+        f"backbone.path={tiny_tokenizer_directory}",
+        f"data.root={tiny_root}",
+        f"data.cache={tmp_path / 'cache'}",
+        "data.batch_size=16",
+        "data.selection_examples=20",
+        "optimizer.lr=1e-3",
+        "measure.latency_examples=8",
+        "measure.latency_rounds=1",
+        "measure.latency_batch_sizes=[1,4]",
+        "trainer.enable_progress_bar=false",
+        "trainer.precision=32-true",
+    ]
+
+
+def composed(overrides):
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        cfg = compose("config", overrides)
+    check_config(cfg)
+    return cfg
+
+
+def result_of(directory: Path) -> dict:
+    return json.loads((directory / "result.json").read_text())
+
+
+def test_adtp_learns_the_tiny_task_and_leaves_everything_it_promises(tiny_overrides, tmp_path, capsys):
+    directory = tmp_path / "run"
+    run(composed(["+method=adtp", "teacher.epochs=8", "method.epochs=8", *tiny_overrides]), directory)
+    result = result_of(directory)
+    assert result["status"] == "completed"
+    assert result["metrics"]["dense"]["accuracy"] > 0.95
+    assert result["metrics"]["pruned"]["accuracy"] > 0.9
+    assert result["flops"]["reduction_unpadded"] > 1.5
+    assert result["flops"]["fvcore_forwards_equal"] == 5
+    assert [row["batch_size"] for row in result["latency"]] == [1, 4]
+    assert result["data"]["kind"] == "directory"
+    assert set(result["wall_seconds"]["stages"]) == {"teacher", "student"}
+    assert {path.name for path in directory.iterdir()} >= {"config.yaml", "model", "csv", "wandb", "result.json"}
+    model, card = load_model(directory / "model")
+    assert card.task == "tiny"
+    assert model.pruning is not None
+    printed = capsys.readouterr().out
+    assert "reduction unpadded" in printed
+    assert "result.json" in printed.replace("\n", "")
+
+
+def test_a_completed_run_is_not_run_again_unless_asked(tiny_overrides, tmp_path, caplog):
+    directory, arguments = tmp_path / "run", ["+method=finetune", "method.epochs=1", "logger=none", *tiny_overrides]
+    run(composed(arguments), directory)
+    first = result_of(directory)["finished"], (directory / "result.json").stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        run(composed(arguments), directory)
+    assert "overwrite=true starts it anew" in caplog.text
+    assert (result_of(directory)["finished"], (directory / "result.json").stat().st_mtime_ns) == first
+    run(composed([*arguments, "overwrite=true"]), directory)
+    assert (directory / "result.json").stat().st_mtime_ns != first[1]
+
+
+def test_a_directory_that_holds_another_configuration_is_refused(tiny_overrides, tmp_path):
+    directory, arguments = tmp_path / "run", ["+method=finetune", "method.epochs=1", "logger=none", *tiny_overrides]
+    run(composed(arguments), directory)
+    with pytest.raises(UserError, match="another configuration"):
+        run(composed([*arguments, "seed=1"]), directory)
+
+
+def test_a_failed_run_says_why(tiny_overrides, tmp_path):
+    directory = tmp_path / "run"
+    with pytest.raises(UserError, match=r"retainer\.layer=7"):
+        run(composed(["+method=adtp", "retainer.layer=7", "logger=none", *tiny_overrides]), directory)
+    result = result_of(directory)
+    assert result["status"] == "failed"
+    assert "retainer.layer=7" in result["reason"]
+
+
+def test_a_value_out_of_bounds_is_one_sentence_for_the_user(tiny_overrides, tmp_path):
+    for override, message in (("retainer.ratio=2.0", "retainer.ratio=2.0"), ("loss.alpha=3.0", "loss.alpha=3.0")):
+        with pytest.raises(UserError, match=message):
+            run(composed(["+method=adtp", override, "logger=none", *tiny_overrides]), tmp_path / message)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_term(tiny_overrides, tmp_path):
+    with pytest.raises(FloatingPointError, match="cross_entropy is nan"):
+        run(
+            composed(
+                ["+method=finetune", "optimizer.lr=1e30", "logger=none", "method.epochs=20", *tiny_overrides[:-6]]
+            ),
+            tmp_path / "run",
+        )
+
+
+def test_a_teacher_trained_before_is_named_instead_of_trained_again(tiny_overrides, tmp_path):
+    run(composed(["+method=finetune", "method.epochs=2", "logger=none", *tiny_overrides]), tmp_path / "teacher")
+    teacher = f"teacher.path={tmp_path / 'teacher' / 'model'}"
+    run(composed(["+method=adtp", "method.epochs=1", "logger=none", teacher, *tiny_overrides]), tmp_path / "student")
+    result = result_of(tmp_path / "student")
+    assert set(result["wall_seconds"]["stages"]) == {"student"}
+    assert result["metrics"]["dense"] == result_of(tmp_path / "teacher")["metrics"]["dense"]
+
+
+@pytest.mark.parametrize("killed_stage", ["teacher", "student"])
+def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(killed_stage, tiny_overrides, tmp_path):
+    directory = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tokprune_exp",
+        "+method=adtp",
+        "logger=csv",
+        f"run_dir={directory}",
+    ]
+    command += ["teacher.epochs=10", "method.epochs=10", *tiny_overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    reached = directory / "checkpoints" / killed_stage / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not reached.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert reached.exists()
+    assert result_of(directory)["status"] == "running"
+
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert again.returncode == 0, again.stderr
+    result = result_of(directory)
+    assert result["status"] == "completed"
+    assert set(result["metrics"]) == {"dense", "unpruned", "pruned"}
+    assert f"stage {killed_stage}: goes on from" in again.stdout
+    assert ("stage teacher: done before" in again.stdout) == (killed_stage == "student")
+    first_epochs = [int(row["epoch"]) for row in rows_of(directory / "csv" / "version_1") if row.get("epoch")]
+    assert min(first_epochs) > 0 or killed_stage == "teacher"
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("task", choices("task"))
+@pytest.mark.parametrize("method", choices("method"))
+def test_the_smoke_trainer_finishes_every_method_on_every_task(
+    method, task, request, tiny_tokenizer_directory, tmp_path
+):
+    if task == "rotten_tomatoes":
+        request.getfixturevalue("rotten_tomatoes_directory")
+        root = []
+    else:
+        root = [f"data.root={request.getfixturevalue('shared_data')}"]
+    cfg = composed(
+        [
+            f"+method={method}",
+            f"task={task}",
+            "trainer=smoke",
+            "trainer.enable_progress_bar=false",
+            "backbone=tiny",
+            f"backbone.path={tiny_tokenizer_directory}",
+            "task.max_tokens=64",
+            "logger=none",
+            *root,
+        ]
+    )
+    run(cfg, tmp_path / "run")
+    result = result_of(tmp_path / "run")
+    assert result["status"] == "completed"
+    assert all(0 <= abs(value) <= 1 for scores in result["metrics"].values() for value in scores.values())

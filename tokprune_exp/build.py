@@ -1,0 +1,120 @@
+"""From a checked configuration to the objects of a run: backbone, classifier, method."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tokprune_exp.config import instantiate
+from tokprune_exp.data.module import TaskData
+from tokprune_exp.data.task import Task
+from tokprune_exp.encoder.backbone import Backbone
+from tokprune_exp.encoder.pretrained import LoadedBackbone, load_backbone, load_tokenizer
+from tokprune_exp.errors import UserError
+from tokprune_exp.head import Head
+from tokprune_exp.methods.finetune import Finetune
+from tokprune_exp.methods.module import PruningModule
+from tokprune_exp.model import ModelCard, PrunedClassifier, load_model
+from tokprune_exp.pruning.pruning import Pruning
+
+
+@contextmanager
+def bounds_are_user_errors() -> Iterator[None]:
+    """Turn a constructor's complaint about a value of the configuration into an error for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def as_task(cfg: DictConfig) -> Task:
+    """Read the task node into its dataclass."""
+    task = OmegaConf.to_object(cfg.task)
+    assert isinstance(task, Task)
+    return task
+
+
+def as_backbone(node: Any) -> Backbone:
+    """Read a backbone node, the student's or the teacher's, into its dataclass."""
+    backbone = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Backbone), node))
+    assert isinstance(backbone, Backbone)
+    return backbone
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """Resolve a node into plain Python values."""
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def method_name(cfg: DictConfig) -> str:
+    """Return the name of the method's page, e.g. adtp."""
+    return str(cfg.method._target_).split(".")[-2]
+
+
+def build_data(cfg: DictConfig, tokenizer: Any) -> TaskData:
+    """Load and tokenise the task's examples."""
+    return TaskData(as_task(cfg), SimpleNamespace(**plain(cfg.data), tokenizer=tokenizer, seed=cfg.seed))
+
+
+def build_model(cfg: DictConfig, backbone: LoadedBackbone, task: Task, with_pruning: bool = True) -> PrunedClassifier:
+    """Put encoder, pruning and head together; a checkpoint's pooler is used where it has one."""
+    shape = backbone.encoder.shape
+    head = Head(shape.dim, task.outputs, shape.dropout)
+    if backbone.pooler is not None:
+        head.pooler.load_state_dict(backbone.pooler)
+    pruning = None
+    if with_pruning and cfg.scorer is not None and cfg.retainer is not None:
+        pruning = Pruning(instantiate(cfg.scorer)(shape.dim), instantiate(cfg.retainer)(shape.dim))
+    return PrunedClassifier(backbone.encoder, head, pruning, backbone.tokenizer.sep_token_id)
+
+
+def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> PruningModule:
+    """Build the method, with its teacher where it has one.
+
+    Raises:
+        UserError: the teacher was trained on another task, or reads other tokens than the student.
+    """
+    optimizer = instantiate(cfg.optimizer)
+    build = partial(instantiate(cfg.method), model=model, metrics=data.task.metrics, optimizer=optimizer)
+    if cfg.teacher is None:
+        return build()
+    if cfg.teacher.path is not None:
+        teacher_model, card = load_model(Path(cfg.teacher.path))
+        tokenizer = load_tokenizer(cfg.teacher.path)
+        if card.task != data.task.name:
+            raise UserError(f"teacher.path={cfg.teacher.path} was trained on {card.task}, not on {data.task.name}")
+    else:
+        backbone = load_backbone(as_backbone(cfg.teacher.backbone), cfg.data.cache)
+        teacher_model = build_model(cfg, backbone, data.task, with_pruning=False)
+        tokenizer = backbone.tokenizer
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise UserError(f"{cfg.backbone.name} and its teacher must read the same tokens, but have other vocabularies")
+    if cfg.teacher.lr is not None:
+        optimizer = partial(optimizer, lr=cfg.teacher.lr)
+    return build(
+        teacher=Finetune(teacher_model, data.task.metrics, optimizer, cfg.teacher.epochs, cfg.method.warmup_fraction),
+        teacher_is_trained=cfg.teacher.path is not None,
+        initialises_student=cfg.teacher.initialises_student,
+    )
+
+
+def model_card(cfg: DictConfig) -> ModelCard:
+    """Say what whoever loads the model needs to know of its task."""
+    task = as_task(cfg)
+    return ModelCard(
+        task=task.name,
+        labels=task.labels,
+        max_tokens=task.max_tokens,
+        pair=len(task.text) == 2,
+        published_length=task.published_length,
+        method=method_name(cfg),
+        metrics=task.metrics,
+    )

@@ -1,0 +1,79 @@
+"""Everything that is measured when training is over, as fields of result.json."""
+
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from tokprune_exp.attribution import Attribution
+from tokprune_exp.data.module import TaskData
+from tokprune_exp.data.tokenise import EncodedSplit
+from tokprune_exp.measure.evaluation import Evaluation, check_flops, evaluate
+from tokprune_exp.measure.fidelity import saliency_fidelity
+from tokprune_exp.measure.latency import compare_latency, length_sorted_chunks
+from tokprune_exp.methods.module import PruningModule
+from tokprune_exp.model import PrunedClassifier
+from tokprune_exp.pruning.scorers import TokenSaliency
+
+
+class MeasureSettings(Protocol):
+    """What is read of the configuration's node `measure`."""
+
+    latency_batch_sizes: list[int]
+    latency_examples: int
+    latency_rounds: int
+    fvcore_examples: int
+    attribution_examples: int
+
+
+def measure(
+    method: PruningModule,
+    data: TaskData,
+    settings: MeasureSettings,
+    accelerator: str = "auto",
+    attribution: Attribution | None = None,
+) -> dict[str, Any]:
+    """Evaluate the dense and the pruned model on the reported split, count, check the count, and time both."""
+    device = "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
+    model, split = method.model.eval(), data.evaluation
+
+    def assess(one: PrunedClassifier, prune: bool) -> Evaluation:
+        task = data.task
+        return evaluate(one, data.evaluation_batches(), task.metrics, task.published_length, prune, device)
+
+    metrics, result = {}, assess(model, prune=True)
+    flops = dict(result.flops)
+    if method.dense is not None:
+        dense = assess(method.dense, prune=False)
+        metrics["dense"], flops["gflops_teacher"] = dense.metrics, dense.flops["gflops_dense"]
+    if model.pruning is None:
+        metrics["dense"] = result.metrics
+    else:
+        metrics |= {"unpruned": assess(model, prune=False).metrics, "pruned": result.metrics}
+
+    few = torch.arange(min(settings.fvcore_examples, len(split)))
+    alone_and_together = [split.collate([int(one)]) for one in few] + [split.collate(few)]
+    flops["fvcore_forwards_equal"] = check_flops(model, alone_and_together)
+    fields: dict[str, Any] = {"metrics": metrics, "flops": flops}
+
+    if model.pruning is not None:
+        fields["latency"] = latency(model.to(device), split, settings, device)
+        if isinstance(model.pruning.scorer, TokenSaliency) and attribution is not None:
+            rows = torch.arange(min(settings.attribution_examples, len(split)))
+            fields["saliency"] = saliency_fidelity(model.cpu(), map(split.collate, rows.split(32)), attribution)
+    return fields
+
+
+def latency(
+    model: PrunedClassifier, split: EncodedSplit, settings: MeasureSettings, device: str
+) -> list[dict[str, Any]]:
+    """Time the pruned against the unpruned model, both gathered, on the same batches of real texts."""
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: settings.latency_examples]
+    lengths = split.lengths[rows].tolist()
+    batches = {
+        size: [split.collate(rows[chunk]).to(device) for chunk in length_sorted_chunks(lengths, size)]
+        for size in settings.latency_batch_sizes
+        if size <= len(rows)
+    }
+    pruned = partial(model, execution="gathered")
+    return compare_latency(pruned, partial(pruned, prune=False), batches, settings.latency_rounds)
