@@ -12,7 +12,8 @@ import pytest
 import torch
 from model_directories import MAX_TOKENS, save_random_model
 
-from tokprune_exp.bench import PlainTransformers, check_same_model, flops_reduction, load_task, main, measure, reached
+from tokprune_exp.bench import PlainTransformers, check_same_model, flops_reduction, main, measure, reached
+from tokprune_exp.config import load_task
 from tokprune_exp.data.tokenise import encode_texts
 from tokprune_exp.errors import UserError
 from tokprune_exp.model import load_model

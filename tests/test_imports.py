@@ -13,6 +13,7 @@ MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for f
 FLOORS = [
     [
         "errors",
+        "precision",
         "targets",
         "data.task",
         "data.batch",
@@ -25,17 +26,20 @@ FLOORS = [
     ["encoder"],
     ["model"],
     ["data", "measure"],
-    ["tracking", "stages", "methods"],
-    ["run", "curves", "analysis", "bench"],
+    ["methods"],
+    ["tracking", "stages", "measure.report"],
+    ["build"],
+    ["run", "curves", "analysis", "serving", "bench"],
+    ["predict"],
     ["__main__"],
 ]
 """From below to above; a module belongs to the longest of the names that it begins with."""
 
 MAY_IMPORT = {
     "hydra": ["__main__", "config"],
-    "omegaconf": ["__main__", "config", "run"],
+    "omegaconf": ["__main__", "config", "build", "run"],
     "lightning": ["run", "stages", "methods", "data", "tracking"],
-    "transformers": ["encoder.pretrained", "data", "bench"],
+    "transformers": ["encoder.pretrained", "data"],
     "fvcore": ["measure.flops"],
 }
 PURE = ["pruning", "losses", "attribution", "measure.flops"]

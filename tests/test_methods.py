@@ -1,4 +1,4 @@
-"""AD-TP's training: the loss from its parts, who gets gradients, schedules, the teacher's signals, and that it learns."""
+"""AD-TP's training: its loss from the parts, gradients, schedules, the teacher's signals, and that it learns."""
 
 import math
 from collections.abc import Callable

@@ -21,26 +21,22 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import BertConfig, DistilBertConfig, PretrainedConfig, RobertaConfig
 
-from tokprune_exp.config import choices, config_directory
+from tokprune_exp.config import load_task
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.sources import load_source, texts_of
-from tokprune_exp.data.task import Task
 from tokprune_exp.data.tokenise import EncodedSplit, encode_texts
-from tokprune_exp.encoder.encoder import EncoderShape
-from tokprune_exp.encoder.pretrained import load_tokenizer, to_transformers
+from tokprune_exp.encoder.pretrained import load_tokenizer, to_transformers, transformers_config
 from tokprune_exp.errors import UserError
 from tokprune_exp.measure.flops import FlopsReport
 from tokprune_exp.measure.latency import compare_latency, length_sorted_chunks
 from tokprune_exp.model import ModelCard, PrunedClassifier, load_model
-from tokprune_exp.stages import use_fast_exact_float32
-from tokprune_exp.tracking import _hardware, _versions, write_json
+from tokprune_exp.precision import use_fast_exact_float32
+from tokprune_exp.tracking import hardware, versions, write_json
 
 ONLY_RATIOS = (
     "Only ratios within this run are meaningful: the variants took turns, but times differ from run to run "
@@ -106,8 +102,8 @@ def bench(arguments: argparse.Namespace) -> None:
         "attention_of_transformers": "sdpa",
         "note": ONLY_RATIOS,
         "texts": source,
-        "versions": _versions(),
-        "hardware": _hardware(),
+        "versions": versions(),
+        "hardware": hardware(),
         "rows": measure(model, split, arguments.batch_sizes, arguments.rounds),
     }
     console.print(table_of(record))
@@ -154,19 +150,6 @@ def evaluation_texts(arguments: argparse.Namespace, card: ModelCard) -> tuple[En
     texts = texts_of(source.evaluation, task)
     tokenizer = load_tokenizer(arguments.model_dir)
     return encode_texts(tokenizer, texts, card.max_tokens), source.description["evaluation"]
-
-
-def load_task(name: str) -> Task:
-    """Read conf/task/<name>.yaml.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    file = config_directory() / "task" / f"{name}.yaml"
-    if not file.is_file():
-        raise UserError(f"the model is of task {name}, but there is no {file}; there are {', '.join(choices('task'))}")
-    task = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(file))
-    return OmegaConf.to_object(task)  # type: ignore[return-value]
 
 
 @torch.inference_mode()
@@ -237,35 +220,6 @@ class PlainTransformers(nn.Module):
         return self.head(encoded.last_hidden_state[:, 0])
 
 
-def transformers_config(shape: EncoderShape) -> PretrainedConfig:
-    """Describe an encoder of this shape to transformers; what has no token types is a DistilBERT."""
-    common: dict[str, Any] = {
-        "vocab_size": shape.vocabulary,
-        "pad_token_id": shape.pad_token,
-        "attn_implementation": "sdpa",
-    }
-    if not shape.token_types:
-        return DistilBertConfig(
-            **common,
-            dim=shape.dim,
-            n_heads=shape.heads,
-            n_layers=shape.layers,
-            hidden_dim=shape.ff_dim,
-            max_position_embeddings=shape.positions,
-        )
-    family = RobertaConfig if shape.position_offset else BertConfig
-    return family(
-        **common,
-        hidden_size=shape.dim,
-        num_attention_heads=shape.heads,
-        num_hidden_layers=shape.layers,
-        intermediate_size=shape.ff_dim,
-        max_position_embeddings=shape.positions,
-        type_vocab_size=shape.token_types,
-        layer_norm_eps=shape.norm_eps,
-    )
-
-
 def check_same_model(model: PrunedClassifier, plain: PlainTransformers, batches: Iterable[Batch]) -> None:
     """Compare the logits of our unpruned model with those of transformers: a race of two models would say nothing.
 
@@ -312,10 +266,10 @@ LINES = [
 
 def table_of(record: Mapping[str, Any]) -> Table:
     """Lay out the measurement, a column per batch size."""
-    model, hardware, rows = record["model"], record["hardware"], record["rows"]
+    model, machine, rows = record["model"], record["hardware"], record["rows"]
     title = (
         f"{model['method']} · {model['task']} · {record['texts']['rows_used']} texts · {rows[0]['rounds']} rounds · "
-        f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''} of {hardware['cpu']}"
+        f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''} of {machine['cpu']}"
     )
     table = Table(box=box.SIMPLE, title=title)
     table.add_column("batch size")

@@ -139,6 +139,20 @@ def choices(group: str) -> list[str]:
     return sorted(file.stem for place in places for file in place.glob("*.yaml"))
 
 
+def load_task(name: str) -> Task:
+    """Read conf/task/<name>.yaml.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = config_directory() / "task" / f"{name}.yaml"
+    if not file.is_file():
+        raise UserError(f"the model is of task {name}, but there is no {file}; there are {', '.join(choices('task'))}")
+    task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(file)))
+    assert isinstance(task, Task)
+    return task
+
+
 class SweepDirectory(SearchPathPlugin):
     """Lets Hydra find `+sweep=NAME`, from any working directory."""
 

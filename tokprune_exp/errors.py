@@ -14,4 +14,4 @@ class ConfigError(UserError):
 
 
 class DataUnavailableError(UserError):
-    """A data set or a weight file is not there; the message names where it was looked for and the command that gets it."""
+    """Data or weights are not there; the message names where they were looked for and the command that gets them."""

@@ -26,7 +26,8 @@ from tokprune_exp.encoder.pretrained import load_backbone
 from tokprune_exp.errors import UserError
 from tokprune_exp.measure.report import measure
 from tokprune_exp.model import save_model
-from tokprune_exp.stages import resolve_precision, run_stage, use_fast_exact_float32
+from tokprune_exp.precision import resolve_precision, use_fast_exact_float32
+from tokprune_exp.stages import run_stage
 from tokprune_exp.tracking import RunRecord, close, log_result, make_loggers, print_summary, quieten_lightning
 
 LOGGER = logging.getLogger(__name__)

@@ -81,33 +81,3 @@ def run_stage(
     for file in (last, folder / "best.ckpt"):  # three times the weights in size, and of no more use
         file.unlink(missing_ok=True)
     return StageReport(stage.name, time.perf_counter() - started, was_done=False)
-
-
-def resolve_precision(precision: str, accelerator: str = "auto") -> str:
-    """Return Lightning's precision for `auto`: bf16-mixed where the hardware multiplies bf16, else 32-true."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available() and accelerator != "cpu":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
-
-
-def use_fast_exact_float32() -> bool:
-    """Let CPU products in fp32 run in oneDNN where that is still fp32, and say whether it is.
-
-    On some CPUs PyTorch's default library reaches less than half of the speed of oneDNN, which it uses only when told
-    that products may be less precise ("medium"). Whether they then are depends on the CPU, so it is measured: the error
-    of one product must stay that of fp32 (bf16 is some hundred times worse), else the setting is taken back.
-    """
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(256, 384, generator=generator) for _ in range(2))
-    exact = left.double() @ right.double().T
-    before = torch.get_float32_matmul_precision()
-    errors = {}
-    for precision in ("highest", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        errors[precision] = float((torch.nn.functional.linear(left, right).double() - exact).abs().max())
-    is_exact = errors["medium"] <= 8 * errors["highest"]
-    torch.set_float32_matmul_precision("medium" if is_exact and not torch.cuda.is_available() else before)
-    return is_exact

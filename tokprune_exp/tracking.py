@@ -81,8 +81,8 @@ class RunRecord:
             "latency": [],
             "saliency": {},
             "data": {},
-            "versions": _versions(),
-            "hardware": _hardware(),
+            "versions": versions(),
+            "hardware": hardware(),
         }
         self._continue_earlier_clock()
         self._start = time.perf_counter() - self.result["wall_seconds"]["total"]
@@ -170,13 +170,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     packages = {package: metadata.version(package) for package in PACKAGES}
     return {"python": platform.python_version(), "tokprune_exp": __version__, **packages}
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     """Processor, threads that torch uses, and GPU."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}

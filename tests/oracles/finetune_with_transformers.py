@@ -25,14 +25,14 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
 
-from tokprune_exp.bench import load_task
+from tokprune_exp.config import load_task
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.batches import BatchLoader, length_grouped_batches
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.task import Task
 from tokprune_exp.errors import UserError
 from tokprune_exp.measure.metrics import evaluate_metrics
-from tokprune_exp.stages import resolve_precision, use_fast_exact_float32
+from tokprune_exp.precision import resolve_precision, use_fast_exact_float32
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ class Padded:
 
 @dataclass(frozen=True)
 class Packed:
-    """Gathered running: only what is alive exists. `rows` are flat positions in the grid, `counts` tokens a sequence."""
+    """Gathered running: only what is alive exists. `rows` are flat positions in the grid, `counts` tokens of each."""
 
     sequences: Sequences
     alive: Bool[Tensor, "batch tokens"]

@@ -161,6 +161,37 @@ def shape_of(config: Any, dropout: float) -> EncoderShape:
     )
 
 
+def transformers_config(shape: EncoderShape) -> Any:
+    """Describe an encoder of this shape to transformers; what has no token types is a DistilBERT."""
+    from transformers import BertConfig, DistilBertConfig, RobertaConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": shape.vocabulary,
+        "pad_token_id": shape.pad_token,
+        "attn_implementation": "sdpa",
+    }
+    if not shape.token_types:
+        return DistilBertConfig(
+            **common,
+            dim=shape.dim,
+            n_heads=shape.heads,
+            n_layers=shape.layers,
+            hidden_dim=shape.ff_dim,
+            max_position_embeddings=shape.positions,
+        )
+    family = RobertaConfig if shape.position_offset else BertConfig
+    return family(
+        **common,
+        hidden_size=shape.dim,
+        num_attention_heads=shape.heads,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.ff_dim,
+        max_position_embeddings=shape.positions,
+        type_vocab_size=shape.token_types,
+        layer_norm_eps=shape.norm_eps,
+    )
+
+
 def encoder_from_transformers(model: Any, dropout: float = 0.1) -> PrunedEncoder:
     """Copy a transformers encoder (BertModel, RobertaModel, DistilBertModel) into a `PrunedEncoder`."""
     encoder = PrunedEncoder(shape_of(model.config, dropout))
@@ -221,6 +252,6 @@ def _from_transformers(
 
 def _unavailable(location: str | Path, error: Exception) -> DataUnavailableError:
     return DataUnavailableError(
-        f"no weights or tokenizer at {location} ({type(error).__name__}): neither a local directory nor reachable on the "
-        f"hub; download it with `hf download {location} --local-dir DIR` and set backbone.path=DIR"
+        f"no weights or tokenizer at {location} ({type(error).__name__}): no local directory, nor reachable on the hub; "
+        f"download it with `hf download {location} --local-dir DIR` and set backbone.path=DIR"
     )

@@ -96,13 +96,17 @@ class ADTP(PruningModule):
         logits, attributions = teacher_signals(self.dense, data.train, self.attribution, data.cache, device)
         data.train.attach_teacher(logits, attributions)
         if isinstance(self.retainer, AdaptiveRatio) and self.ratio_target == "mass":
-            masses = [
-                losses.mass_by_ratio(
-                    batch.teacher_attribution, self.model.sequences(batch).prunable, self.retainer.ratios
-                )
-                for batch in data.in_order(data.train)
-            ]
-            self.eta = losses.calibrate_eta(torch.cat(masses), self.retainer.ratios, self.retainer.ratio)
+            self.eta = self.calibrated_eta(data)
+
+    def calibrated_eta(self, data: TaskData) -> float:
+        """Find η such that the mean pseudo-labelled ratio of the training set, by the teacher's view, is ρ*."""
+        assert isinstance(self.retainer, AdaptiveRatio)
+        masses = []
+        for batch in data.in_order(data.train):
+            assert batch.teacher_attribution is not None
+            prunable = self.model.sequences(batch).prunable
+            masses.append(losses.mass_by_ratio(batch.teacher_attribution, prunable, self.retainer.ratios.cpu()))
+        return losses.calibrate_eta(torch.cat(masses), self.retainer.ratios.cpu(), self.retainer.ratio)
 
     def terms(self, batch: Batch) -> Terms:
         """Compute AD-TP's loss: one full pass for the attributions, one pruned pass for the task."""
