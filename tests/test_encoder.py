@@ -192,7 +192,7 @@ def test_keeping_twice_keeps_what_both_choices_keep() -> None:
     sequences = sequences_of([5, 3])
     values = torch.randn(2, 5, 4)
     one = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]]).bool()
-    two = torch.tensor([[1, 0, 0, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    two = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 0, 1, 1]]).bool()
     padded, packed = Padded.start(sequences), Packed.start(sequences)
     flat = packed.take(values)
     for keep in (one, two):

@@ -365,6 +365,10 @@ def test_three_tenths_of_ten_tokens_are_three() -> None:
     assert kept_count(0.3, torch.tensor([10, 11, 1, 0])).tolist() == [3, 4, 1, 0]
 
 
+def test_a_ratio_drawn_as_zero_still_keeps_one_token_where_there_is_one() -> None:
+    assert kept_count(torch.zeros(3), torch.tensor([10, 1, 0])).tolist() == [1, 1, 0]
+
+
 def test_ties_go_to_the_earlier_token() -> None:
     importance = torch.tensor([[9.0, 1.0, 2.0, 1.0, 2.0, 1.0]])
     prunable = torch.tensor([[False, True, True, True, True, True]])

@@ -8,15 +8,20 @@ Nothing heavy is imported before the texts are read, so that a mistake is answer
 """
 
 import argparse
+import io
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from tokprune_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from tokprune_exp.serving import Prediction
 
 
 def main() -> None:
@@ -44,6 +49,7 @@ def read_arguments() -> argparse.Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per text, with every token of every layer")
     form.add_argument("--plain", action="store_true", help="dropped tokens in [brackets], as where there is no colour")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw what is printed, in colour, into this file")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
     return parser.parse_args()
 
@@ -61,13 +67,22 @@ def predict(arguments: argparse.Namespace) -> None:
     texts = as_pairs(lines) if classifier.card.pair else lines
     console = Console(highlight=False, soft_wrap=True)
     in_colour = not arguments.plain and console.color_system is not None and not console.no_color
+    drawing = Console(highlight=False, width=100, record=True, file=io.StringIO(), force_terminal=True)
     for prediction in classifier.predict(texts):
         if arguments.json:
             print(json.dumps({**asdict(prediction), "tokens_kept": prediction.tokens_kept}, ensure_ascii=False))
             continue
-        console.print(Text(str(prediction), style="bold" if in_colour else ""))
-        for stretches in prediction.stretches():
-            console.print(Text("  ") + marked(stretches, in_colour))
+        show(prediction, console, in_colour)
+        show(prediction, drawing, in_colour=True)
+    if arguments.svg is not None:
+        drawing.save_svg(str(arguments.svg), title="tokprune_exp.predict")
+
+
+def show(prediction: "Prediction", console: Console, in_colour: bool) -> None:
+    """Print one answer: the label, and the text with its dropped tokens greyed or in brackets."""
+    console.print(Text(str(prediction), style="bold" if in_colour else ""))
+    for stretches in prediction.stretches():
+        console.print(Text("  ") + marked(stretches, in_colour))
 
 
 def read_lines(arguments: argparse.Namespace) -> list[str]:
