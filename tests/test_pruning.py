@@ -373,6 +373,7 @@ def test_ties_go_to_the_earlier_token() -> None:
     importance = torch.tensor([[9.0, 1.0, 2.0, 1.0, 2.0, 1.0]])
     prunable = torch.tensor([[False, True, True, True, True, True]])
     assert ranks(importance, prunable)[0, 1:].tolist() == [2, 0, 3, 1, 4]
+    assert ranks(torch.zeros(1, 512), torch.ones(1, 512, dtype=torch.bool))[0].tolist() == list(range(512))
     assert keep_top(importance, 0.6, prunable, ~prunable).tolist() == [[True, True, True, False, True, False]]
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GATE_CEILING = 20.0
-"""How far a dropped token's score may stand above all alive ones in gated attention: keeps exp, and the gate's gradient,
-finite. It touches dropped tokens only, so no value."""
+"""How far a dropped token's score may stand above all alive ones in gated attention, so that exp and the gate's
+gradient stay finite. It touches dropped tokens only, so no value."""
 
 
 @dataclass(frozen=True)

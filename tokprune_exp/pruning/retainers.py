@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,13 +68,20 @@ class KeepAll(Retainer):
 
 
 class RatioRetainer(Retainer):
-    """Keeps the protected tokens and the ⌈ρ·|V|⌉ most important of the prunable ones; subclasses choose ρ."""
+    """Keeps the protected tokens and the ⌈ρ·|V|⌉ most important of the prunable ones; subclasses choose ρ.
 
-    def __init__(self, ratio: float, layer: int, keeps_separators: bool) -> None:
+    With a `gate_temperature` τ the choice itself is trained by the task: in training, the mask carries the gradient of
+    p_i = σ((Ŝ_i − Ŝ_(k))/τ), where Ŝ is the importance scaled to mean square 1 over V and Ŝ_(k) its smallest kept value
+    (straight-through, methods.md B4 (6)). Null: only losses on the importance itself teach the scorer.
+    """
+
+    def __init__(self, ratio: float, layer: int, keeps_separators: bool, gate_temperature: float | None = None) -> None:
         super().__init__(layer, keeps_separators)
         if not 0 < ratio <= 1:
             raise ValueError(f"retainer.ratio={ratio} must be above 0 and at most 1")
-        self.ratio = ratio
+        if gate_temperature is not None and gate_temperature <= 0:
+            raise ValueError(f"retainer.gate_temperature={gate_temperature} must be above 0, or null for no gate")
+        self.ratio, self.gate_temperature = ratio, gate_temperature
 
     def keep(
         self, importance: Float[Tensor, "batch grid"], ratio: Float[Tensor, " batch"] | float, layout: Layout
@@ -83,31 +90,58 @@ class RatioRetainer(Retainer):
         prunable = layout.sequences.prunable & layout.alive
         return keep_top(importance, ratio, prunable, layout.sequences.protected & layout.alive)
 
+    def gate(
+        self, importance: Float[Tensor, "batch grid"], keep: Bool[Tensor, "batch grid"], layout: Layout
+    ) -> Float[Tensor, "batch grid"] | None:
+        """Return the mask in value with the gradient of a sigmoid around the smallest kept importance; None if unused."""
+        if self.gate_temperature is None or not self.training:
+            return None
+        prunable = layout.sequences.prunable & layout.alive
+        mean_square = importance.square().masked_fill(~prunable, 0.0).sum(1) / prunable.sum(1).clamp(min=1)
+        scaled = importance / (mean_square[:, None] + 1e-12).sqrt()
+        smallest_kept = scaled.masked_fill(~(keep & prunable), float("inf")).amin(1, keepdim=True).detach()
+        soft = ((scaled - smallest_kept) / self.gate_temperature).sigmoid().masked_fill(~prunable, 0.0)
+        return keep + soft - soft.detach()
+
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim`."""
-        return {"ratio": self.ratio, **super().settings()}
+        return {"ratio": self.ratio, "gate_temperature": self.gate_temperature, **super().settings()}
 
 
 class StaticRatio(RatioRetainer):
     """The same ρ for every sequence (AD-TP, Table 4: static)."""
 
-    def __init__(self, dim: int, ratio: float = 0.3, layer: int = 0, keeps_separators: bool = False) -> None:
-        super().__init__(ratio, layer, keeps_separators)
+    def __init__(
+        self,
+        dim: int,
+        ratio: float = 0.3,
+        layer: int = 0,
+        keeps_separators: bool = False,
+        gate_temperature: float | None = None,
+    ) -> None:
+        super().__init__(ratio, layer, keeps_separators, gate_temperature)
 
     def forward(
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
     ) -> Decision:
         """Keep the share ρ of each sequence."""
-        return Decision(importance, self.keep(importance, self.ratio, layout))
+        keep = self.keep(importance, self.ratio, layout)
+        return Decision(importance, keep, self.gate(importance, keep, layout))
 
 
 class RandomRatio(RatioRetainer):
     """A random ρ per sequence, uniform around the mean `ratio` (AD-TP, Table 4: random)."""
 
     def __init__(
-        self, dim: int, ratio: float = 0.3, layer: int = 0, seed: int = 0, keeps_separators: bool = False
+        self,
+        dim: int,
+        ratio: float = 0.3,
+        layer: int = 0,
+        seed: int = 0,
+        keeps_separators: bool = False,
+        gate_temperature: float | None = None,
     ) -> None:
-        super().__init__(ratio, layer, keeps_separators)
+        super().__init__(ratio, layer, keeps_separators, gate_temperature)
         self.seed = seed
 
     def forward(
@@ -116,7 +150,8 @@ class RandomRatio(RatioRetainer):
         """Draw ρ in [ratio − w, ratio + w], the widest range that fits into (0, 1]."""
         half_width = min(self.ratio, 1 - self.ratio)
         noise = uniform_noise(layout.sequences.fingerprint, 1, self.seed)[:, 0]
-        return Decision(importance, self.keep(importance, self.ratio + (2 * noise - 1) * half_width, layout))
+        keep = self.keep(importance, self.ratio + (2 * noise - 1) * half_width, layout)
+        return Decision(importance, keep, self.gate(importance, keep, layout))
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim`."""
@@ -142,8 +177,9 @@ class AdaptiveRatio(RatioRetainer):
         summary: Literal["mean", "cls", "cls_mean"] = "mean",
         layer: int = 0,
         keeps_separators: bool = False,
+        gate_temperature: float | None = None,
     ) -> None:
-        super().__init__(ratio, layer, keeps_separators)
+        super().__init__(ratio, layer, keeps_separators, gate_temperature)
         if summary not in ("mean", "cls", "cls_mean"):
             raise ValueError(f"retainer.summary={summary}: mean, cls or cls_mean")
         if summary == "cls" and layer == 0:
@@ -175,7 +211,7 @@ class AdaptiveRatio(RatioRetainer):
         logits = self.classifier(torch.cat(parts, dim=-1)).float()
         if not (self.explores and self.training):
             keep = self.keep(importance, self.ratios[logits.argmax(-1)], layout)
-            return Decision(importance, keep, ratio_logits=logits)
+            return Decision(importance, keep, self.gate(importance, keep, layout), logits)
         # gate_i = Σ_c w_c · 1[i is among the top ⌈r_c |V|⌉], w one-hot in value, soft in gradient
         weights = F.gumbel_softmax(logits, tau=self.gumbel_temperature, hard=True)
         kept_by_ratio = [self.keep(importance, float(ratio), layout) for ratio in self.ratios]
