@@ -553,3 +553,27 @@ def test_the_task_loss_teaches_the_ratio_through_the_gate(
     nn.functional.cross_entropy(model(batch).logits, batch.labels).backward()
     gradient = model.pruning.retainer.classifier.weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio])
+def test_a_gate_temperature_lets_the_task_teach_the_scorer_and_changes_no_value(
+    retainer: Callable[..., Any], random_classifier: Build, ragged_batch: Build
+) -> None:
+    model = random_classifier(TokenSaliency, partial(retainer, gate_temperature=0.5))
+    batch = ragged_batch(model, LENGTHS)
+    hard = model(batch)
+    assert model.pruning.retainer.settings()["gate_temperature"] == 0.5
+    model.pruning.retainer.train()  # the gate is for training only; the rest stays without dropout
+    gated = model(batch)
+    torch.testing.assert_close(gated.logits, hard.logits, atol=1e-5, rtol=1e-5)
+    assert_equal_traces(gated.trace, hard.trace)
+    gated.logits.square().sum().backward()
+    for parameter in model.pruning.scorer.parameters():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+    assert model.pruning.scorer.inner.weight.grad.abs().max() > 0
+
+
+def test_a_gate_temperature_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"retainer\.gate_temperature=0"):
+        StaticRatio(8, gate_temperature=0.0)

@@ -17,7 +17,9 @@ def unpacked_wheel(tmp_path_factory):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(CHECKOUT)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if built.returncode:
-        pytest.skip(f"the wheel could not be built here, hatchling may be out of reach: {built.stderr.splitlines()[-1]}")
+        pytest.skip(
+            f"the wheel could not be built here, hatchling may be out of reach: {built.stderr.splitlines()[-1]}"
+        )
     zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder / "installed")
     return folder / "installed"
 

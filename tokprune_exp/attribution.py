@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SQUARED_NORM_FLOOR = 1e-12
+SQUARED_NORM_FLOOR = 1e-20
 """A sequence without any gradient gets attribution 0, not 0/0."""
 
 

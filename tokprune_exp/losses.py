@@ -1,6 +1,6 @@
-"""Every loss term as a pure function, with its equation; and AD-TP's weights.
+"""Every loss term as a pure function, with its equation; and the weights of AD-TP's overall objective.
 
-L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP)                        (AD-TP slides, overall objective)
+AD-TP (slides): L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP).
 """
 
 from dataclasses import dataclass

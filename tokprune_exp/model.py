@@ -51,7 +51,7 @@ class PrunedClassifier(nn.Module):
         self.encoder, self.head, self.pruning, self.separator = encoder, head, pruning, separator
         if pruning is not None:
             last = encoder.shape.layers - 1
-            if not any(pruning.retainer.prunes_at(n) for n in range(last + 1)) and hasattr(pruning.retainer, "ratio"):
+            if pruning.retainer.prunes and not any(pruning.retainer.prunes_at(n) for n in range(last + 1)):
                 raise ValueError(f"retainer.layer={pruning.retainer.layer}, but this encoder has layers 0 to {last}")
 
     def sequences(self, batch: Batch) -> Sequences:
@@ -93,7 +93,7 @@ class PrunedClassifier(nn.Module):
 
         Always in fp32 and without dropout: under autocast a confident model's gradients round to nothing.
         """
-        with without_dropout(self), torch.autocast(batch.valid.device.type, enabled=False):
+        with without_dropout(self), torch.autocast(batch.valid.device.type, enabled=False), torch.enable_grad():
             embeddings, layout = self.start(batch)
             baseline = self.padding_embeddings(batch) if settings.baseline == "pad" else torch.zeros_like(embeddings)
             gradients = integrated_gradients(
@@ -114,8 +114,8 @@ class PrunedClassifier(nn.Module):
         ours, theirs = self.encoder.shape, teacher.encoder.shape
         if replace(theirs, layers=ours.layers, dropout=ours.dropout) != ours or theirs.layers < ours.layers:
             raise UserError(
-                f"teacher.initialises_student=true needs a teacher of the student's width and at least its layers: "
-                f"the teacher has {theirs.layers} layers of {theirs.dim}, the student {ours.layers} of {ours.dim}"
+                f"teacher.initialises_student=true needs a teacher of the student's sizes and at least its layers: "
+                f"the teacher is {theirs}, the student {ours}"
             )
         self.encoder.load_state_dict(teacher.encoder.first_layers(ours.layers).state_dict())
         self.head.load_state_dict(teacher.head.state_dict())

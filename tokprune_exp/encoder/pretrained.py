@@ -211,7 +211,8 @@ def to_transformers(encoder: PrunedEncoder, config: Any) -> Any:
     model = AutoModel.from_config(config)
     ours = encoder.state_dict()
     renamed = {theirs: ours[name] for name, theirs in _parameter_names(encoder, config).items()}
-    model.load_state_dict(renamed, strict=False)  # the pooler is not the encoder's
+    absent = model.load_state_dict(renamed, strict=False).missing_keys
+    assert all("pooler" in name for name in absent), absent  # the pooler is not the encoder's
     return model
 
 
@@ -252,6 +253,6 @@ def _from_transformers(
 
 def _unavailable(location: str | Path, error: Exception) -> DataUnavailableError:
     return DataUnavailableError(
-        f"no weights or tokenizer at {location} ({type(error).__name__}): no local directory, nor reachable on the hub; "
+        f"no weights or tokenizer at {location} ({type(error).__name__}): no local directory, nor on a reachable hub; "
         f"download it with `hf download {location} --local-dir DIR` and set backbone.path=DIR"
     )

@@ -23,7 +23,7 @@ def saliency_fidelity(model: PrunedClassifier, batches: Iterable[Batch], setting
         attribution = normalise_over_sequence(model.attribute(batch, settings).detach(), prunable)
         with torch.no_grad():
             trace = model(batch).trace
-        importance = next(layer.importance for layer in trace.layers if layer.importance is not None)
+        importance = next(layer.importance for layer in trace.layers if layer.importance is not None)  # it prunes once
         saliency = normalise_over_sequence(importance, prunable)
         for ours, theirs, tokens in zip(saliency, attribution, prunable, strict=True):
             if int(tokens.sum()) >= 3:

@@ -35,8 +35,8 @@ from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.module import PruningModule, Stage, Terms
 from tokprune_exp.model import ClassifierOutput, PrunedClassifier, without_dropout
 from tokprune_exp.pruning.pruning import Prescribed
-from tokprune_exp.pruning.retainers import AdaptiveRatio
-from tokprune_exp.pruning.scorers import TokenSaliency
+from tokprune_exp.pruning.retainers import AdaptiveRatio, Retainer
+from tokprune_exp.pruning.scorers import Scorer, TokenSaliency
 
 
 class ADTP(PruningModule):
@@ -66,16 +66,28 @@ class ADTP(PruningModule):
             raise ValueError(f"method.oracle_tolerance={oracle_tolerance} must not be negative")
         if ratio_target not in ("mass", "oracle", "gumbel"):
             raise ValueError(f"method.ratio_target={ratio_target}: mass, oracle or gumbel")
-        assert model.pruning is not None
+        if model.pruning is None or not model.pruning.retainer.prunes:
+            raise ValueError("adtp needs a scorer and a retainer that prunes: adaptive, static or random")
         self.loss, self.attribution = loss, attribution
         self.ratio_target, self.oracle_tolerance, self.dense_fraction = ratio_target, oracle_tolerance, dense_fraction
         # in a tuple, so that the teacher is neither trained nor checkpointed with the student
         self.teachers = (teacher,) if teacher is not None else ()
         self.teacher_is_trained, self.initialises_student = teacher_is_trained, initialises_student
-        self.scorer, self.retainer = model.pruning.scorer, model.pruning.retainer
         self.eta = 0.0
         if isinstance(self.retainer, AdaptiveRatio):
             self.retainer.explores = ratio_target == "gumbel"
+
+    @property
+    def scorer(self) -> Scorer:
+        """What gives the importance."""
+        assert self.model.pruning is not None
+        return self.model.pruning.scorer
+
+    @property
+    def retainer(self) -> Retainer:
+        """What chooses the tokens."""
+        assert self.model.pruning is not None
+        return self.model.pruning.retainer
 
     @property
     def dense(self) -> PrunedClassifier | None:
@@ -125,8 +137,10 @@ class ADTP(PruningModule):
         total = (1 - weights.alpha) * parts["cross_entropy"]
         if batch.teacher_logits is not None:
             parts["logit"] = losses.logit_distillation(logits, batch.teacher_logits, weights.temperature)
+            total = total + weights.alpha * parts["logit"]
+        if batch.teacher_logits is not None and weights.beta:
             parts["attribution"] = losses.attribution_distance(own, taught, batch.valid)
-            total = total + weights.alpha * parts["logit"] + weights.beta * parts["attribution"]
+            total = total + weights.beta * parts["attribution"]
         if isinstance(self.scorer, TokenSaliency):
             parts["saliency"] = losses.saliency_loss(importance, target, prunable, weights.listwise_weight)
             total = total + weights.gamma * parts["saliency"]
@@ -174,7 +188,9 @@ class ADTP(PruningModule):
             sufficient = []
             for ratio in self.retainer.ratios:
                 keep = self.retainer.keep(target, float(ratio), layout)
-                encoded = self.model.encoder(embeddings, layout, Prescribed(keep, self.retainer.layer))
+                encoded = self.model.encoder(
+                    embeddings, layout, Prescribed(keep, self.retainer.layer, self.scorer.reads_attention)
+                )
                 pruned = losses.task_loss(self.model.head(encoded.first).float(), batch.labels)
                 sufficient.append(pruned <= full + self.oracle_tolerance)
         enough = torch.stack([*sufficient[:-1], torch.ones_like(sufficient[-1])], dim=1)  # everything always suffices

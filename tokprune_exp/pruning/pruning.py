@@ -29,10 +29,11 @@ class Prescribed:
 
     keep: Bool[Tensor, "batch tokens"]
     layer: int = 0
+    after_attention: bool = False
 
     def decides(self, layer: int, after_attention: bool) -> bool:
-        """Prune before the attention of the given layer."""
-        return layer == self.layer and not after_attention
+        """Prune at the given place only."""
+        return (layer, after_attention) == (self.layer, self.after_attention)
 
     def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None) -> Decision:
         """Keep what was prescribed."""

@@ -6,7 +6,7 @@ one that reads attention inside it.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +21,8 @@ from tokprune_exp.pruning.selection import keep_top, uniform_noise
 class Retainer(nn.Module, ABC):
     """Keeps the most important tokens of each sequence at one layer."""
 
+    prunes: ClassVar[bool] = True
+
     def __init__(self, layer: int = 0, keeps_separators: bool = False) -> None:
         super().__init__()
         if layer < 0:
@@ -29,7 +31,7 @@ class Retainer(nn.Module, ABC):
 
     def prunes_at(self, layer: int) -> bool:
         """Whether tokens are dropped at this 0-based layer."""
-        return layer == self.layer
+        return self.prunes and layer == self.layer
 
     @abstractmethod
     def forward(
@@ -49,12 +51,10 @@ class Retainer(nn.Module, ABC):
 class KeepAll(Retainer):
     """Keeps everything: the unpruned model."""
 
+    prunes = False
+
     def __init__(self, dim: int) -> None:
         super().__init__()
-
-    def prunes_at(self, layer: int) -> bool:
-        """Never prune."""
-        return False
 
     def forward(
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
@@ -69,6 +69,9 @@ class KeepAll(Retainer):
 
 class RatioRetainer(Retainer):
     """Keeps the protected tokens and the ⌈ρ·|V|⌉ most important of the prunable ones; subclasses choose ρ.
+
+    So the share of all real tokens that stays, the retention, is above ρ: by the rounding and by [CLS], most in short
+    texts.
 
     With a `gate_temperature` τ the choice itself is trained by the task: in training, the mask carries the gradient of
     p_i = σ((Ŝ_i − Ŝ_(k))/τ), where Ŝ is the importance scaled to mean square 1 over V and Ŝ_(k) its smallest kept value
@@ -93,7 +96,7 @@ class RatioRetainer(Retainer):
     def gate(
         self, importance: Float[Tensor, "batch grid"], keep: Bool[Tensor, "batch grid"], layout: Layout
     ) -> Float[Tensor, "batch grid"] | None:
-        """Return the mask in value with the gradient of a sigmoid around the smallest kept importance; None if unused."""
+        """Return the mask with the gradient of a sigmoid around the smallest kept importance; None if unused."""
         if self.gate_temperature is None or not self.training:
             return None
         prunable = layout.sequences.prunable & layout.alive
