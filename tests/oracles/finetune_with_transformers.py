@@ -66,7 +66,7 @@ def finetune(arguments: argparse.Namespace) -> dict[str, object]:
     task = load_task(arguments.task)
     data = TaskData(task, settings(arguments))
     model, newly_initialised = classifier(arguments.weights, task)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=5e-5)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=5e-5, fused=True)
     steps = arguments.epochs * len(data.train_dataloader())
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     precision = resolve_precision("auto", "cpu")

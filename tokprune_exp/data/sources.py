@@ -114,12 +114,16 @@ def load_source(task: Task, settings: SourceSettings) -> Source:
 
 
 def source_kind(task: Task, settings: SourceSettings) -> str:
-    """directory, hub or wheel: what `data.source` says, else the directory where it exists, else the task's own."""
+    """directory, hub or wheel: what `data.source` says, else the directory if `data.root` is set, else the task's own.
+
+    A task that comes inside a wheel needs no folder below `data.root`; any other task that is missing there is an error
+    and not a reason to go to the hub.
+    """
     if settings.source is not None:
         if settings.source not in READERS:
             raise UserError(f"data.source is {settings.source}, but must be one of null, {', '.join(READERS)}")
         return settings.source
-    if settings.root is not None and task_directory(task, settings).is_dir():
+    if settings.root is not None and (task.source != "wheel" or task_directory(task, settings).is_dir()):
         return "directory"
     return task.source
 
