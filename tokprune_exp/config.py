@@ -42,7 +42,7 @@ class DataConfig:
     root: str | None = "${oc.env:TOKPRUNE_DATA,null}"
     """A directory with one folder of parquet files per task."""
     source: str | None = None
-    """directory, hub or wheel; null: the directory if `root` is set (unless the task comes in a wheel), else the task's own."""
+    """directory, hub or wheel; null: the directory if `root` is set (but for tasks in wheels), else task.source."""
     cache: str = "${oc.env:TOKPRUNE_CACHE,'~/.cache/tokprune_exp'}"
     batch_size: int = 32
     evaluation_batch_size: int = 32
