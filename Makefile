@@ -23,7 +23,7 @@ demo: setup  ## train and measure a pruned classifier of movie reviews
 	$(RUN) -m tokprune_exp +experiment=demo
 
 test: setup  ## run all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 lint: setup  ## style, format and types
 	$(RUN) -m ruff check

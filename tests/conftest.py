@@ -1,6 +1,9 @@
 """What several test files share: places that may be absent, and tiny stand-ins that never are."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models are tiny and the tests run side by side
+
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
