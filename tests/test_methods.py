@@ -428,13 +428,13 @@ def test_the_teachers_signals_are_computed_once_and_again_only_when_something_th
     adtp: Build, data: TaskData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    attribute = PrunedClassifier.attribute
+    attribute = PrunedClassifier.attribute_and_answer
 
-    def counted(self: PrunedClassifier, *args: Any, **kwargs: Any) -> Tensor:
+    def counted(self: PrunedClassifier, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         calls.append(1)
         return attribute(self, *args, **kwargs)
 
-    monkeypatch.setattr(PrunedClassifier, "attribute", counted)
+    monkeypatch.setattr(PrunedClassifier, "attribute_and_answer", counted)
     teacher, settings = adtp().dense, Attribution()
 
     def computes(split: Any = data.train, **changes: Any) -> bool:

@@ -356,3 +356,12 @@ def items_of(records: list[Any], kind: str, field: str) -> dict[str, Any]:
         if record.WhichOneof("record_type") == kind:
             merged |= items(getattr(getattr(record, kind), field))
     return merged
+
+
+def test_the_table_of_a_method_that_prunes_nothing_has_one_column() -> None:
+    result = {**RESULT, "metrics": {"dense": {"accuracy": 0.92}}, "latency": []}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(result))
+    printed = console.export_text()
+    assert "student" not in printed
+    assert "2.0000" in printed

@@ -89,21 +89,28 @@ class PrunedClassifier(nn.Module):
     def attribute(
         self, batch: Batch, settings: Attribution, create_graph: bool = False, top_k: int | None = None
     ) -> Float[Tensor, "batch tokens"]:
-        """Compute A, the normalised attribution of each token to the gold answer of the unpruned model.
+        """Compute A, the normalised attribution of each token to the gold answer of the unpruned model."""
+        return self.attribute_and_answer(batch, settings, create_graph, top_k)[0]
+
+    def attribute_and_answer(
+        self, batch: Batch, settings: Attribution, create_graph: bool = False, top_k: int | None = None
+    ) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch outputs"]]:
+        """Compute A and, at no further cost, the logits of the unpruned model.
 
         Always in fp32 and without dropout: under autocast a confident model's gradients round to nothing.
         """
         with without_dropout(self), torch.autocast(batch.valid.device.type, enabled=False), torch.enable_grad():
             embeddings, layout = self.start(batch)
             baseline = self.padding_embeddings(batch) if settings.baseline == "pad" else torch.zeros_like(embeddings)
-            gradients = integrated_gradients(
-                lambda point: gold_score(self.classify(point, layout, prune=False).logits, batch.labels),
-                embeddings,
-                baseline,
-                settings.steps,
-                create_graph,
-            )
-        return normalise_over_sequence(token_magnitude(gradients, top_k), batch.valid)
+            seen: list[Tensor] = []
+
+            def score(point: Tensor) -> Tensor:
+                seen.append(self.classify(point, layout, prune=False).logits)
+                return gold_score(seen[-1], batch.labels)
+
+            gradients = integrated_gradients(score, embeddings, baseline, settings.steps, create_graph)
+        # the path ends at the input itself, so its last logits are the model's answer
+        return normalise_over_sequence(token_magnitude(gradients, top_k), batch.valid), seen[-1]
 
     def start_from(self, teacher: "PrunedClassifier") -> None:
         """Copy the weights of a teacher of the same width: its first layers, its head.

@@ -322,18 +322,20 @@ def _flat_numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def summary_table(result: Mapping[str, Any]) -> Table:
     """The result side by side: the dense teacher, the student before and after pruning; a dash was not measured.
 
-    The teacher's GFLOPs stand there only if the record holds `flops.gflops_teacher`, since the teacher may be larger
-    than the student.
+    A method that prunes nothing has one column. The teacher's GFLOPs stand there only if the record holds
+    `flops.gflops_teacher`, since the teacher may be larger than the student.
     """
-    rows = {**_score_rows(result["metrics"]), **_cost_rows(result["flops"])}
+    prunes_nothing = set(result["metrics"]) == {"dense"}
+    variants = {"dense": "dense"} if prunes_nothing else VARIANTS
+    rows = {**_score_rows(result["metrics"]), **_cost_rows(result["flops"], prunes_nothing)}
     for timed in result["latency"]:
         rows[f"speed-up at batch {timed['batch_size']}"] = {"unpruned": 1.0, "pruned": timed["speedup"]}
     table = Table(box=box.SIMPLE, title=f"{result['method']} · {result['task']} · {result['backbone']}")
     table.add_column("")
-    for title in VARIANTS.values():
+    for title in variants.values():
         table.add_column(title, justify="right")
     for name, values in rows.items():
-        table.add_row(name, *(_number(values.get(variant)) for variant in VARIANTS))
+        table.add_row(name, *(_number(values.get(variant)) for variant in variants))
     return table
 
 
@@ -352,10 +354,15 @@ def _score_rows(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, 
     return {name: {variant: scores.get(name) for variant, scores in metrics.items()} for name in names}
 
 
-def _cost_rows(flops: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def _cost_rows(flops: Mapping[str, Any], prunes_nothing: bool) -> dict[str, dict[str, float | None]]:
     """GFLOPs, reductions and retention by variant; nothing where FLOPs were not counted."""
     if not flops:
         return {}
+    if prunes_nothing:
+        return {
+            "GFLOPs per example": {"dense": flops["gflops_dense"]},
+            "GFLOPs padded": {"dense": flops["gflops_dense_padded"]},
+        }
     dense, pad_inflation = flops["gflops_dense"], flops["gflops_dense_padded"] / flops["gflops_dense"]
     return {
         "GFLOPs per example": {

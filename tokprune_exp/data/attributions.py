@@ -53,9 +53,8 @@ def _compute(
     batches = BatchLoader(split, sorted_batches(split.lengths, BATCH_SIZE))
     for batch in tqdm(batches, desc="teacher attributions", unit=" batches", leave=False):
         batch = batch.to(device)
-        values = teacher.attribute(batch, settings, top_k=settings.top_k)
-        with torch.no_grad():
-            logits[batch.index.cpu()] = teacher(batch).logits.float().cpu()
+        values, answers = teacher.attribute_and_answer(batch, settings, top_k=settings.top_k)
+        logits[batch.index.cpu()] = answers.detach().float().cpu()
         flat = split.offsets[batch.index.cpu(), None] + torch.arange(batch.valid.shape[1])
-        attribution[flat[batch.valid.cpu()]] = values[batch.valid].float().cpu()
+        attribution[flat[batch.valid.cpu()]] = values.detach()[batch.valid].float().cpu()
     return {"logits": logits, "attribution": attribution}
