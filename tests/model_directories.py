@@ -28,6 +28,7 @@ def save_random_model(
     model = random_classifier(AttentionMass, retainer, outputs=len(labels) or 1, **classifier)
     card = ModelCard(
         task=task,
+        backbone="tiny",
         labels=list(labels),
         max_tokens=MAX_TOKENS,
         pair=pair,

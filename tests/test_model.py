@@ -19,7 +19,7 @@ from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, RandomRatio, 
 from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, TokenSaliency
 
 LENGTHS = [23, 1, 2, 3, 40, 11, 5]
-CARD = ModelCard("tiny", ["bad", "good"], 64, False, 128, "adtp", ["accuracy"])
+CARD = ModelCard("tiny", "tiny", ["bad", "good"], 64, False, 128, "adtp", ["accuracy"])
 PRUNINGS: dict[str, tuple[Any, Any]] = {
     "none": (None, None),
     "keep_all": (TokenSaliency, KeepAll),

@@ -140,19 +140,21 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(killed_stag
         "logger=csv",
         f"run_dir={directory}",
     ]
-    command += ["teacher.epochs=10", "method.epochs=10", *tiny_overrides]
+    # a learning rate of 0: no epoch is better than the first, and yet each must be kept
+    command += ["teacher.epochs=8", "method.epochs=8", *tiny_overrides, "optimizer.lr=0", "method.pruner_lr=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
 
     process = subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    reached = directory / "checkpoints" / killed_stage / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not reached.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    reached, saved, deadline = directory / "checkpoints" / killed_stage / "last.ckpt", set(), time.monotonic() + 120
+    while len(saved) < 3 and process.poll() is None and time.monotonic() < deadline:
+        if reached.exists():
+            saved.add(reached.stat().st_mtime_ns)
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert reached.exists()
+    assert len(saved) == 3, "killed too late to say anything"
     assert result_of(directory)["status"] == "running"
 
     again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
@@ -162,8 +164,40 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(killed_stag
     assert set(result["metrics"]) == {"dense", "unpruned", "pruned"}
     assert f"stage {killed_stage}: goes on from" in again.stdout
     assert ("stage teacher: done before" in again.stdout) == (killed_stage == "student")
-    first_epochs = [int(row["epoch"]) for row in rows_of(directory / "csv" / "version_1") if row.get("epoch")]
-    assert min(first_epochs) > 0 or killed_stage == "teacher"
+    trained = [
+        int(row["epoch"])
+        for row in rows_of(directory / "csv" / "version_1")
+        if row.get(f"{killed_stage}/selection_accuracy")
+    ]
+    assert min(trained) >= 2
+    assert max(trained) == 7
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_put_aside(tiny_overrides, tmp_path, caplog):
+    folder = tmp_path / "run" / "checkpoints" / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(b"half of a checkpoint")
+    with caplog.at_level("INFO"):
+        run(composed(["+method=finetune", "method.epochs=1", "logger=none", *tiny_overrides]), tmp_path / "run")
+    assert "starts again, its checkpoint cannot be read" in caplog.text
+    assert result_of(tmp_path / "run")["status"] == "completed"
+
+
+def test_a_teacher_of_another_backbone_cannot_replace_the_students_weights(tiny_overrides, tmp_path):
+    run(composed(["+method=finetune", "method.epochs=1", "logger=none", *tiny_overrides]), tmp_path / "teacher")
+    card = tmp_path / "teacher" / "model" / "config.json"
+    card.write_text(card.read_text().replace('"backbone": "tiny"', '"backbone": "another"'))
+    teacher = f"teacher.path={tmp_path / 'teacher' / 'model'}"
+    with pytest.raises(UserError, match="holds another, from which tiny cannot start"):
+        run(composed(["+method=adtp", "logger=none", teacher, *tiny_overrides]), tmp_path / "student")
+
+
+def test_overwriting_a_run_leaves_other_files_alone(tiny_overrides, tmp_path):
+    arguments = ["+method=finetune", "method.epochs=1", "logger=none", *tiny_overrides]
+    run(composed(arguments), tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run(composed([*arguments, "overwrite=true"]), tmp_path / "run")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

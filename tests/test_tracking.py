@@ -189,7 +189,7 @@ def test_an_offline_wandb_run_holds_configuration_curves_and_result(quiet_wandb:
     (file,) = quiet_wandb.glob("wandb/offline-run-*/*.wandb")
     records = finished_run(file)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.project, run.run_group, run.display_name, list(run.tags)) == ("pruning", "a_group", "a_name", ["a_tag"])
+    assert (run.project, run.run_group, run.display_name, list(run.tags)) == ("pruning", "a_sweep", "a_name", ["a_tag"])
     assert items_of(records, "config", "update")["loss"] == {"alpha": 0.1}
 
     history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
@@ -268,7 +268,7 @@ def test_the_summary_ends_with_the_path_of_everything_that_was_written(tmp_path:
         record.update(**{key: RESULT[key] for key in ("metrics", "flops", "latency")})
     (tmp_path / "csv").mkdir()
     console = Console(width=160, record=True, file=io.StringIO())
-    print_summary(record, console)
+    print_summary(record.result, record.path.parent, console)
     printed = console.export_text()
     assert printed.rstrip().endswith(f"Written:\n  {tmp_path / 'csv'}/\n  {tmp_path / 'result.json'}")
 

@@ -16,6 +16,7 @@ from tokprune_exp.encoder.backbone import Backbone
 from tokprune_exp.encoder.pretrained import LoadedBackbone, load_backbone, load_tokenizer
 from tokprune_exp.errors import UserError
 from tokprune_exp.head import Head
+from tokprune_exp.measure.metrics import METRICS
 from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.module import PruningModule
 from tokprune_exp.model import ModelCard, PrunedClassifier, load_model
@@ -80,8 +81,12 @@ def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> Pr
     """Build the method, with its teacher where it has one.
 
     Raises:
-        UserError: the teacher was trained on another task, or reads other tokens than the student.
+        UserError: a metric is unknown; the teacher was trained on another task, reads other tokens than the student, or
+            is another backbone than the student that is to start from it.
     """
+    unknown = sorted(set(data.task.metrics) - set(METRICS))
+    if unknown or not data.task.metrics:
+        raise UserError(f"task.metrics={data.task.metrics}: choose from {', '.join(METRICS)}")
     optimizer = instantiate(cfg.optimizer)
     build = partial(instantiate(cfg.method), model=model, metrics=data.task.metrics, optimizer=optimizer)
     if cfg.teacher is None:
@@ -91,6 +96,11 @@ def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> Pr
         tokenizer = load_tokenizer(cfg.teacher.path)
         if card.task != data.task.name:
             raise UserError(f"teacher.path={cfg.teacher.path} was trained on {card.task}, not on {data.task.name}")
+        if cfg.teacher.initialises_student and card.backbone != cfg.backbone.name:
+            raise UserError(
+                f"teacher.path={cfg.teacher.path} holds {card.backbone}, from which {cfg.backbone.name} cannot start: "
+                f"set teacher.initialises_student=false, or backbone={card.backbone}"
+            )
     else:
         backbone = load_backbone(as_backbone(cfg.teacher.backbone), cfg.data.cache)
         teacher_model = build_model(cfg, backbone, data.task, with_pruning=False)
@@ -111,6 +121,7 @@ def model_card(cfg: DictConfig) -> ModelCard:
     task = as_task(cfg)
     return ModelCard(
         task=task.name,
+        backbone=cfg.backbone.name,
         labels=task.labels,
         max_tokens=task.max_tokens,
         pair=len(task.text) == 2,

@@ -25,8 +25,38 @@ from tokprune_exp.encoder.backbone import Backbone
 from tokprune_exp.errors import ConfigError, UserError
 from tokprune_exp.targets import Constructor, constructor, mismatch, nearest
 
-TARGET_PACKAGES = ("tokprune_exp.", "torch.optim.", "lightning.pytorch.")
-"""Where a `_target_` may come from; a configuration file of a stranger can construct nothing else."""
+TARGETS = {
+    "method": "tokprune_exp.methods.",
+    "method.attribution": "tokprune_exp.attribution.",
+    "scorer": "tokprune_exp.pruning.scorers.",
+    "retainer": "tokprune_exp.pruning.retainers.",
+    "loss": "tokprune_exp.losses.",
+    "optimizer": "torch.optim.",
+    "trainer": "lightning.pytorch.Trainer",
+}
+"""Where a `_target_` may stand and what it may construct there; a stranger's configuration can do nothing else."""
+
+SUPPLIED = {
+    "method": ("model", "metrics", "optimizer", "teacher", "teacher_is_trained", "initialises_student"),
+    "scorer": ("dim",),
+    "retainer": ("dim",),
+    "optimizer": ("params",),
+    "trainer": (
+        "max_epochs",
+        "max_steps",
+        "min_epochs",
+        "min_steps",
+        "logger",
+        "callbacks",
+        "default_root_dir",
+        "reload_dataloaders_every_n_epochs",
+        "num_sanity_val_steps",
+        "enable_model_summary",
+        "limit_val_batches",
+        "fast_dev_run",
+    ),
+}
+"""Arguments that the run itself gives; a value for one of them in the configuration would be lost."""
 
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 ADDED_GROUPS = ("method", "experiment", "sweep")
@@ -172,6 +202,10 @@ def config_hash(cfg: DictConfig) -> str:
     for key in ("run_dir", "overwrite", "logger", "notes", "tags"):
         values.pop(key, None)
     values["data"].pop("cache", None)
+    if values.get("teacher") and values["teacher"]["path"]:  # a teacher is its weights, not its place
+        weights = Path(values["teacher"]["path"]) / "model.safetensors"
+        if weights.is_file():
+            values["teacher"]["path"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -209,7 +243,13 @@ def check_config(cfg: DictConfig) -> None:
         ConfigError: One line for each unknown key, missing value, argument that a constructor does not take, value of a
             wrong type and pair of choices that makes no sense. Bounds of values are checked by the constructors.
     """
-    problems = [*_unknown_keys(cfg), *_missing_values(cfg), *_target_problems(cfg), *_impossible_pairs(cfg)]
+    problems = [
+        *_unknown_keys(cfg),
+        *_missing_values(cfg),
+        *_target_problems(cfg),
+        *_out_of_bounds(cfg),
+        *_impossible_pairs(cfg),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -258,9 +298,12 @@ def _target_problems(cfg: DictConfig) -> Iterator[str]:
     for path, node in _nodes(cfg):
         if "_target_" not in node:
             continue
-        target = str(node._target_)
-        if not target.startswith(TARGET_PACKAGES):
-            yield f"{path}._target_: {target} is not allowed; a target starts with {_either(TARGET_PACKAGES)}"
+        target, allowed = str(node._target_), TARGETS.get(path)
+        if allowed is None:
+            yield f"{path}._target_: nothing is constructed here; targets stand in {', '.join(TARGETS)}"
+            continue
+        if not target.startswith(allowed):
+            yield f"{path}._target_: {target} is not allowed; here a target starts with {allowed}"
             continue
         try:
             yield from _argument_problems(path, node, constructor(target))
@@ -276,6 +319,10 @@ def _argument_problems(path: str, node: DictConfig, called: Constructor) -> Iter
         value = _plain(node, name)
         if isinstance(value, OmegaConfBaseException):
             yield f"{path}.{name}: {str(value).splitlines()[0]}"
+        elif name in SUPPLIED.get(path, ()):
+            yield f"{path}.{name}: the run sets this itself" + (
+                "; epochs are set by epochs, teacher.epochs and method.epochs" if "epochs" in name else ""
+            )
         elif name in expected:
             words = mismatch(value, expected[name].annotation)
             if words and value != MISSING:
@@ -286,6 +333,40 @@ def _argument_problems(path: str, node: DictConfig, called: Constructor) -> Iter
     absent = [name for name in expected if expected[name].required and name not in given]
     if absent and not is_partial:
         yield f"{path}: {called.name} needs {', '.join(absent)}"
+
+
+AT_LEAST_ONE = (
+    "epochs",
+    "teacher.epochs",
+    "data.batch_size",
+    "data.evaluation_batch_size",
+    "data.selection_examples",
+    "data.max_train_examples",
+    "data.max_evaluation_examples",
+    "task.max_tokens",
+    "task.published_length",
+    "backbone.layers",
+    "measure.latency_examples",
+    "measure.latency_rounds",
+    "measure.fvcore_examples",
+    "measure.attribution_examples",
+    "measure.latency_batch_sizes",
+)
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
+
+
+def _out_of_bounds(cfg: DictConfig) -> Iterator[str]:
+    """Numbers that would fail only after hours of training; those of constructors are checked when these are built."""
+    chosen = _Choices(cfg)
+    for key in AT_LEAST_ONE:
+        value = chosen(key)
+        numbers = list(value) if isinstance(value, ListConfig) else [value]
+        if any(isinstance(number, int) and number < 1 for number in numbers):
+            yield f"{key}={value}: must be at least 1"
+    if chosen("trainer.precision") not in (None, *PRECISIONS):
+        yield f"trainer.precision={chosen('trainer.precision')}: choose from {', '.join(PRECISIONS)}"
+    if chosen("trainer.devices") not in (None, 1, "1"):
+        yield f"trainer.devices={chosen('trainer.devices')}: a run trains on one device; run several jobs instead"
 
 
 def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -368,8 +449,19 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
         "only an adaptive retainer learns its ratio: set retainer=adaptive or method.ratio_target=mass",
     ),
     (
-        lambda of: of("method.ratio_target") == "gumbel" and of("loss.budget_weight") == 0,
-        "with method.ratio_target=gumbel nothing holds the ratio: set loss.budget_weight above 0",
+        lambda of: (
+            of("method.ratio_target") == "gumbel"
+            and not (of.positive("loss.budget_weight") and of.positive("loss.gamma"))
+        ),
+        "with method.ratio_target=gumbel nothing holds the ratio: set loss.budget_weight and loss.gamma above 0",
+    ),
+    (
+        lambda of: of("method.ratio_target") == "gumbel" and of("retainer.gate_temperature") is not None,
+        "method.ratio_target=gumbel has its own gate: set retainer.gate_temperature=null",
+    ),
+    (
+        lambda of: of.positive("loss.budget_weight") and of.kind("retainer") != "AdaptiveRatio",
+        "loss.budget_weight holds the ratio of an adaptive retainer: set it to 0, or retainer=adaptive",
     ),
     (
         lambda of: of("retainer.summary") == "cls" and of("retainer.layer") == 0,

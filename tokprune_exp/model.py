@@ -144,6 +144,7 @@ class ModelCard:
     """What a model directory says of itself besides its weights: enough to use it without any other configuration."""
 
     task: str
+    backbone: str
     labels: list[str]
     max_tokens: int
     pair: bool

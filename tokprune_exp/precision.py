@@ -8,9 +8,16 @@ def resolve_precision(precision: str, accelerator: str = "auto") -> str:
     if precision != "auto":
         return precision
     if torch.cuda.is_available() and accelerator != "cpu":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     capabilities = torch.cpu.get_capabilities()
     return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+
+
+def resolve_accelerator(accelerator: str) -> str:
+    """Return Lightning's accelerator for `auto`: the GPU where CUDA finds one, else the CPU."""
+    if accelerator != "auto":
+        return accelerator
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def use_fast_exact_float32() -> bool:

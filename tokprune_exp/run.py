@@ -26,7 +26,7 @@ from tokprune_exp.encoder.pretrained import load_backbone
 from tokprune_exp.errors import UserError
 from tokprune_exp.measure.report import measure
 from tokprune_exp.model import save_model
-from tokprune_exp.precision import resolve_precision, use_fast_exact_float32
+from tokprune_exp.precision import resolve_accelerator, resolve_precision, use_fast_exact_float32
 from tokprune_exp.stages import run_stage
 from tokprune_exp.tracking import RunRecord, close, log_result, make_loggers, print_summary, quieten_lightning
 
@@ -50,16 +50,16 @@ def run(cfg: DictConfig, directory: Path) -> None:
         overrides=overrides(),
     )
     loggers: list[Logger] = []
-    with record:
-        try:
+    try:
+        with record:
             quieten_lightning()
-            loggers += make_loggers(cfg.logger, directory, directory.name, None, list(cfg.tags), plain(cfg))
+            group = f"{method_name(cfg)}-{cfg.task.name}-{cfg.backbone.name}"
+            loggers += make_loggers(cfg.logger, directory, directory.name, group, list(cfg.tags), plain(cfg))
             train_and_measure(cfg, directory, record, loggers)
-        except BaseException:
-            close(loggers, failed=True)
-            raise
-        close(loggers)
-    print_summary(record)
+    finally:  # completed or not, the record now says so
+        log_result(loggers, record.result)
+        close(loggers, failed=record.result["status"] != "completed")
+    print_summary(record.result, directory)
 
 
 def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, loggers: list[Logger]) -> None:
@@ -77,16 +77,22 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
         model = build_model(cfg, backbone, data.task)
         method = build_method(cfg, model, data)
 
-    precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    trainer = partial(instantiate(cfg.trainer), precision=precision)
+    accelerator = resolve_accelerator(cfg.trainer.accelerator)
+    precision = resolve_precision(cfg.trainer.precision, accelerator)
+    LOGGER.info("training on %s in %s", accelerator, precision)
+    record.update(hardware={"accelerator": accelerator, "precision": precision})
+    trainer = partial(instantiate(cfg.trainer), accelerator=accelerator, precision=precision)
     for stage in method.stages():
+        seed_everything(cfg.seed, workers=True, verbose=False)  # whatever was trained, loaded or resumed before
         with record.stage(stage.name):
-            run_stage(replace(stage, epochs=cfg.epochs or stage.epochs), data, trainer, loggers, directory)
+            epochs = stage.epochs if cfg.epochs is None else cfg.epochs
+            run_stage(replace(stage, epochs=epochs), data, trainer, loggers, directory)
 
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)
     attribution = instantiate(cfg.method.attribution) if "attribution" in cfg.method else None
-    record.update(**measure(method, data, cfg.measure, cfg.trainer.accelerator, attribution))
-    log_result(loggers, record.result)
+    record.update(
+        **measure(method, data, cfg.measure, "cuda" if accelerator in ("gpu", "cuda") else "cpu", attribution)
+    )
 
 
 def is_finished(directory: Path, cfg: DictConfig) -> bool:
@@ -100,7 +106,7 @@ def is_finished(directory: Path, cfg: DictConfig) -> bool:
         return False
     result = json.loads(file.read_text())
     if cfg.overwrite:
-        shutil.rmtree(directory)
+        throw_away(directory)
         return False
     if result["config_hash"] != config_hash(cfg):
         raise UserError(
@@ -108,7 +114,16 @@ def is_finished(directory: Path, cfg: DictConfig) -> bool:
             f"name another directory, or throw that run away with overwrite=true"
         )
     if result["status"] == "completed":
+        print_summary(result, directory)
         LOGGER.info("complete already: %s (overwrite=true starts it anew)", file)
         return True
     LOGGER.info("this run was %s before; it goes on", result["status"])
     return False
+
+
+def throw_away(directory: Path) -> None:
+    """Delete what a run writes, and nothing else that may lie in its directory."""
+    for name in ("checkpoints", "csv", "wandb", "model"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("config.yaml", "result.json"):
+        (directory / name).unlink(missing_ok=True)

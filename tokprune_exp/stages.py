@@ -42,24 +42,21 @@ def run_stage(
     weights = folder / "weights.safetensors"
     stage.module.prefix = stage.name
     if weights.is_file():
+        _forget_checkpoints(folder)
         LOGGER.info("stage %s: done before, weights from %s", stage.name, weights)
         stage.module.model.load_state_dict(load_file(weights))
         return StageReport(stage.name, time.perf_counter() - started, was_done=True)
 
     metric = f"{stage.name}/selection_{stage.module.metrics[0]}"
-    checkpoint = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=metric,
-        mode="max",
-        save_last=True,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
+    best = ModelCheckpoint(
+        dirpath=folder, filename="best", monitor=metric, mode="max", save_last=False, enable_version_counter=False
     )
+    # on its own, since save_last would only be written when the best is
+    last = ModelCheckpoint(dirpath=folder, filename="last", monitor=None, save_last=False, enable_version_counter=False)
     trainer = build_trainer(
         max_epochs=stage.epochs,
         logger=loggers or False,
-        callbacks=[checkpoint],
+        callbacks=[best, last],
         default_root_dir=directory,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
@@ -67,17 +64,33 @@ def run_stage(
     )
     if stage.before is not None:
         stage.before(data, trainer.strategy.root_device)
-    last = folder / "last.ckpt"
-    if last.is_file():
-        LOGGER.info("stage %s: goes on from %s", stage.name, last)
     stage.module.train()
-    trainer.fit(stage.module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    trainer.fit(stage.module, data, ckpt_path=_reached(folder / "last.ckpt", stage.name), weights_only=True)
 
-    best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
-    stage.module.load_state_dict(best["state_dict"])
-    LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(checkpoint.best_model_score or 0))
+    chosen = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
+    stage.module.load_state_dict(chosen["state_dict"])
+    LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
     stage.module.cpu()
     save_at_once({name: tensor.contiguous() for name, tensor in stage.module.model.state_dict().items()}, weights)
-    for file in (last, folder / "best.ckpt"):  # three times the weights in size, and of no more use
-        file.unlink(missing_ok=True)
+    _forget_checkpoints(folder)
     return StageReport(stage.name, time.perf_counter() - started, was_done=False)
+
+
+def _reached(checkpoint: Path, stage: str) -> str | None:
+    """Return the checkpoint to go on from; one that a kill left half-written is put aside."""
+    if not checkpoint.is_file():
+        return None
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:
+        aside = checkpoint.rename(checkpoint.with_suffix(".unreadable"))
+        LOGGER.warning("stage %s: starts again, its checkpoint cannot be read (%s), see %s", stage, error, aside)
+        return None
+    LOGGER.info("stage %s: goes on from %s", stage, checkpoint)
+    return str(checkpoint)
+
+
+def _forget_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a stage that is done: three times its weights in size, and of no more use."""
+    for file in folder.glob("*.ckpt"):
+        file.unlink()

@@ -249,13 +249,14 @@ def log_result(loggers: Iterable[Logger], result: Mapping[str, Any]) -> None:
 
     Retention and tokens per layer become a table, latency rows `latency/batch_8/speedup`.
     """
-    import wandb  # half a second, and only where W&B is used
-
     safe = json_safe(result)
     by_size = {f"batch_{row['batch_size']}": row for row in safe["latency"]}
-    parts = {key: safe[key] for key in ("status", "metrics", "flops", "wall_seconds")} | {"latency": by_size}
+    kept = ("status", "reason", "metrics", "flops", "saliency", "wall_seconds")
+    parts = {key: safe.get(key) for key in kept} | {"latency": by_size}
     for logger in loggers:
         if isinstance(logger, WandbLogger):
+            import wandb  # half a second, and only where W&B is used
+
             logger.experiment.summary.update(dict(_flat_numbers(parts)))
             if safe["flops"]:
                 per_layer = zip(safe["flops"]["retention_per_layer"], safe["flops"]["tokens_per_layer"], strict=True)
@@ -275,6 +276,7 @@ def quieten_lightning() -> None:
     """Keep Lightning from announcing with every Trainer what hardware there is and what else could be installed."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run that goes on
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     # raised by Lightning itself on torch 2.13
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
@@ -293,7 +295,7 @@ def _make_wandb_logger(
     run = wandb.init(
         project=settings.project,
         entity=settings.entity,
-        group=group or settings.group,
+        group=settings.group or group,
         name=name,
         tags=list(tags),
         dir=str(directory),
@@ -339,12 +341,12 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def print_summary(record: RunRecord, console: Console | None = None) -> None:
+def print_summary(result: Mapping[str, Any], directory: Path, console: Console | None = None) -> None:
     """Print the table and the path of everything that lies in the run's directory."""
     console = console or Console()
-    console.print(summary_table(record.result))
+    console.print(summary_table(result))
     console.print("Written:")
-    for path in sorted(record.path.parent.iterdir()):
+    for path in sorted(directory.iterdir()):
         console.print(f"  {path}{'/' if path.is_dir() else ''}", soft_wrap=True, highlight=False)
 
 

@@ -15,6 +15,8 @@ from tokprune_exp.data.tokenise import EncodedSplit, save_at_once, sha256_of
 from tokprune_exp.model import PrunedClassifier
 
 BATCH_SIZE = 32
+VERSION = 2
+"""Raised when what is computed here changes, so that no older file is read for it."""
 
 
 def teacher_signals(
@@ -28,7 +30,7 @@ def teacher_signals(
 
     Kept under `cache` by what determines them: the teacher's weights, the tokens and labels, the settings.
     """
-    key = sha256_of(weights_digest(teacher), split.fingerprint, vars(settings))
+    key = sha256_of(VERSION, weights_digest(teacher), split.fingerprint, vars(settings))
     file = cache / "teacher_signals" / f"{key}.safetensors"
     if not file.is_file():
         save_at_once(_compute(teacher.to(device).eval(), split, settings, device), file)

@@ -90,6 +90,8 @@ def locate(backbone: Backbone, cache: str) -> tuple[str, str | None]:
                 f"backbone.path={backbone.path}: there is no {needed}; name a directory that has it"
             )
         return backbone.path, None
+    if backbone.weights_root is not None and not Path(backbone.weights_root).is_dir():
+        raise DataUnavailableError(f"backbone.weights_root={backbone.weights_root} is no directory (TOKPRUNE_WEIGHTS)")
     if backbone.weights_root is not None and (Path(backbone.weights_root) / backbone.name / "config.json").is_file():
         return str(Path(backbone.weights_root) / backbone.name), None
     if backbone.wheel is not None:

@@ -24,7 +24,6 @@ class Evaluation:
     flops: dict[str, Any]
 
 
-@torch.inference_mode()
 def evaluate(
     model: PrunedClassifier,
     batches: Iterable[Batch],
@@ -39,7 +38,8 @@ def evaluate(
     report = FlopsReport(shape.dim, shape.ff_dim)
     logits, labels, index = [], [], []
     for batch in batches:
-        output = model(batch.to(device), "gathered", prune)
+        with torch.inference_mode():  # only here: parameters that are moved inside would stay without gradients
+            output = model(batch.to(device), "gathered", prune)
         pruner = model.pruning.macs(output.trace) if prune and model.pruning is not None else 0
         report.update(output.trace, pruner, model.head.macs(), batch.index)
         logits.append(output.logits.float().cpu())

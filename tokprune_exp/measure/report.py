@@ -1,9 +1,10 @@
 """Everything that is measured when training is over, as fields of result.json."""
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from tokprune_exp.attribution import Attribution
 from tokprune_exp.data.module import TaskData
@@ -13,9 +14,11 @@ from tokprune_exp.measure.fidelity import saliency_fidelity
 from tokprune_exp.measure.latency import compare_latency, length_sorted_chunks
 from tokprune_exp.methods.module import PruningModule
 from tokprune_exp.model import PrunedClassifier
+from tokprune_exp.pruning.retainers import RatioRetainer
 from tokprune_exp.pruning.scorers import TokenSaliency
 
 
+@runtime_checkable
 class MeasureSettings(Protocol):
     """What is read of the configuration's node `measure`."""
 
@@ -30,11 +33,10 @@ def measure(
     method: PruningModule,
     data: TaskData,
     settings: MeasureSettings,
-    accelerator: str = "auto",
+    device: str = "cpu",
     attribution: Attribution | None = None,
 ) -> dict[str, Any]:
     """Evaluate the dense and the pruned model on the reported split, count, check the count, and time both."""
-    device = "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
     model, split = method.model.eval(), data.evaluation
 
     def assess(one: PrunedClassifier, prune: bool) -> Evaluation:
@@ -59,16 +61,25 @@ def measure(
     if model.pruning is not None:
         fields["latency"] = latency(model.to(device), split, settings, device)
         if isinstance(model.pruning.scorer, TokenSaliency) and attribution is not None:
-            rows = torch.arange(min(settings.attribution_examples, len(split)))
-            fields["saliency"] = saliency_fidelity(model.cpu(), map(split.collate, rows.split(32)), attribution)
+            examples = [
+                split.collate(rows).to(device) for rows in sample(split, settings.attribution_examples).split(32)
+            ]
+            fields["saliency"] = saliency_fidelity(model, examples, attribution)
+        if isinstance(model.pruning.retainer, RatioRetainer):
+            flops["ratio_asked"] = model.pruning.retainer.ratio
     return fields
+
+
+def sample(split: EncodedSplit, examples: int) -> Tensor:
+    """Draw rows, always the same ones; files may be sorted by label, so the first rows would be of one class."""
+    return torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:examples]
 
 
 def latency(
     model: PrunedClassifier, split: EncodedSplit, settings: MeasureSettings, device: str
 ) -> list[dict[str, Any]]:
     """Time the pruned against the unpruned model, both gathered, on the same batches of real texts."""
-    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: settings.latency_examples]
+    rows = sample(split, settings.latency_examples)
     lengths = split.lengths[rows].tolist()
     batches = {
         size: [split.collate(rows[chunk]).to(device) for chunk in length_sorted_chunks(lengths, size)]

@@ -159,6 +159,8 @@ class ADTP(PruningModule):
 
     def pruned_pass(self, batch: Batch) -> ClassifierOutput:
         """Run the deployed computation; in the first `dense_fraction` of the steps every token is still kept."""
+        if isinstance(self.retainer, AdaptiveRatio):
+            self.retainer.gumbel_temperature = 1 - 0.9 * self.progress  # τ_g, 1 → 0.1
         return self.model.classify(*self.model.start(batch), enforce=self.progress >= self.dense_fraction)
 
     def ratio_loss(

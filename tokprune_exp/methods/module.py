@@ -62,7 +62,7 @@ class PruningModule(LightningModule):
         self.build_optimizer = optimizer
         self.epochs, self.warmup_fraction, self.pruner_lr = epochs, warmup_fraction, pruner_lr
         self.prefix = "train"
-        self.validated: list[tuple[Tensor, Tensor]] = []
+        self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @abstractmethod
     def terms(self, batch: Batch) -> Terms:
@@ -96,14 +96,16 @@ class PruningModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Collect predictions on the selection slice."""
-        self.validated.append((self.model(batch).logits.float(), batch.labels))
+        output = self.model(batch)
+        self.validated.append((output.logits.float(), batch.labels, output.trace.retention.mean(1)))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the task's metrics on the selection slice; the first of them chooses the epoch."""
-        logits, labels = (torch.cat(parts) for parts in zip(*self.validated, strict=True))
+        """Log the task's metrics and the retention on the selection slice; the first metric chooses the epoch."""
+        logits, labels, retention = (torch.cat(parts) for parts in zip(*self.validated, strict=True))
         self.validated.clear()
         for name, value in evaluate_metrics(self.metrics, logits.cpu(), labels.cpu()).items():
             self.log(f"{self.prefix}/selection_{name}", value, prog_bar=name == self.metrics[0])
+        self.log(f"{self.prefix}/selection_retention", retention.mean())
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -45,6 +46,9 @@ class Pruning(nn.Module):
 
     def __init__(self, scorer: Scorer, retainer: Retainer) -> None:
         super().__init__()
+        for part, registry in ((scorer, SCORERS), (retainer, RETAINERS)):
+            if type(part) not in registry.values():
+                raise ValueError(f"{type(part).__name__} is not in SCORERS or RETAINERS, so no model could be saved")
         self.scorer, self.retainer = scorer, retainer
 
     def decides(self, layer: int, after_attention: bool) -> bool:
@@ -54,8 +58,10 @@ class Pruning(nn.Module):
     def decide(
         self, hidden: Float[Tensor, "*tokens dim"], layout: Layout, received: Float[Tensor, "batch grid"] | None
     ) -> Decision:
-        """Score the alive tokens, then choose among them."""
-        return self.retainer(self.scorer(hidden, layout, received), hidden, layout)
+        """Score the alive tokens, then choose among them; in fp32, since bf16 would make ties."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, received = hidden.float(), None if received is None else received.float()
+            return self.retainer(self.scorer(hidden, layout, received), hidden, layout)
 
     def macs(self, trace: PruningTrace) -> Int[Tensor, " batch"]:
         """Count the multiply-adds of scoring and choosing, per sequence: the overhead of pruning."""
