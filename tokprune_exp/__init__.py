@@ -10,7 +10,7 @@ The way of the data, in the order to read the code in:
     methods/      what trains, in which stages: a page per method over the parts above
     measure/      metrics, FLOPs and latency of what was trained
     tracking.py   names, loggers, result.json
-    curves.py     the results of a sweep → table and figure
+    serving.py    the trained model in use
 
 `run.py` says the same sentence in code. `tokprune_exp.load(directory).predict(texts)` uses the model of a finished run.
 """

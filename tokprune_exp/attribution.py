@@ -5,7 +5,7 @@
     A_i   = a_i / ‖a‖₂ over the real tokens of the sequence                         ("dual normalisation")
 
 with F = log p(gold class), or the score itself in regression. The sequence is normalised by its L2 norm and not by its
-sum because only unit vectors give the mean squared errors of the slides' Table 5 (methods.md B4 (1)).
+sum because only unit vectors give the mean squared errors of the slides' Table 5 (docs/adtp.md 1).
 """
 
 from collections.abc import Callable

@@ -72,7 +72,7 @@ def logit_distillation(
 def attribution_distance(
     student: Float[Tensor, "batch tokens"], teacher: Float[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, ""]:
-    """Compute L_IG = mean_B Σ_{i valid} (A_s,i − A_t,i)² / n (methods.md B4 (2))."""
+    """Compute L_IG = mean_B Σ_{i valid} (A_s,i − A_t,i)² / n (docs/adtp.md 2)."""
     return ((student - teacher).square().masked_fill(~valid, 0.0).sum(1) / valid.sum(1)).mean()
 
 
@@ -92,7 +92,7 @@ def saliency_loss(
     prunable: Bool[Tensor, "batch tokens"],
     listwise_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Compute L_TSP = mean_B Σ_{i∈V} (S_i/‖S‖₂ − a_c,i)² / |V| (methods.md B4 (4)).
+    """Compute L_TSP = mean_B Σ_{i∈V} (S_i/‖S‖₂ − a_c,i)² / |V| (docs/adtp.md 4).
 
     `target` has unit norm over V too: with the unprunable [CLS] inside the norm, S could never equal it.
     `listwise_weight` adds KL(softmax(a_c·√|V|) ‖ softmax(Ŝ·√|V|)), which asks for the order rather than the values.
@@ -125,7 +125,7 @@ def mass_by_ratio(
 
 
 def smallest_sufficient_ratio(mass: Float[Tensor, "batch ratios"], eta: float) -> Int[Tensor, " batch"]:
-    """Compute y = min{c : mass_c ≥ η}: how concentrated the attribution is (methods.md B4 (5), mass)."""
+    """Compute y = min{c : mass_c ≥ η}: how concentrated the attribution is (docs/adtp.md 5)."""
     return (mass < eta).sum(1).clamp(max=mass.shape[1] - 1)
 
 

@@ -7,9 +7,10 @@
     L          (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP)
 
 L_CE and L_logit are computed on the pruned pass (what is deployed), the attributions on the full one: a pruned token
-would get attribution 0 and could never come back. Attributions are those of the deployed model: fp32, dropout off.
+would get attribution 0 and could never come back. Attributions are computed in fp32 with dropout off.
 
-The slides leave open what teaches ρ. Here (methods.md B4 (5)), by `ratio_target`:
+docs/adtp.md says, equation by equation, what the slides give, what was chosen and why. What teaches ρ is not in the
+slides; here, by `ratio_target`:
     mass    the smallest ratio whose top tokens hold the share η of a_c; η is set once so that the mean ratio is ρ*
     oracle  the smallest ratio at which the student's loss, keeping the top of a_c, is within δ of the full loss
     gumbel  no label: the task loss itself, through a straight-through sample, held by loss.budget_weight

@@ -75,7 +75,7 @@ class RatioRetainer(Retainer):
 
     With a `gate_temperature` τ the choice itself is trained by the task: in training, the mask carries the gradient of
     p_i = σ((Ŝ_i − Ŝ_(k))/τ), where Ŝ is the importance scaled to mean square 1 over V and Ŝ_(k) its smallest kept value
-    (straight-through, methods.md B4 (6)). Null: only losses on the importance itself teach the scorer.
+    (straight-through, docs/adtp.md 6). Null: only losses on the importance itself teach the scorer.
     """
 
     def __init__(self, ratio: float, layer: int, keeps_separators: bool, gate_temperature: float | None = None) -> None:
@@ -166,10 +166,10 @@ class AdaptiveRatio(RatioRetainer):
 
     `ratio` is the mean ρ* that its training aims at. The slides read g from the [CLS] *embedding*, which before the
     first layer is the same vector for every text, so the ratio would be a constant; hence `summary: mean` (of the
-    hidden states) by default, and `cls` is refused at layer 0 (methods.md B3).
+    hidden states) by default, and `cls` is refused at layer 0 (docs/adtp.md).
 
     In training, `explores` makes the ratio a Gumbel sample with a straight-through gate instead of the argmax, so that
-    the task loss can teach W (methods.md B4 (5), gumbel).
+    the task loss can teach W (docs/adtp.md 5).
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class Scorer(nn.Module, ABC):
 
 
 class TokenSaliency(Scorer):
-    """AD-TP's token saliency predictor: S_i = act(w₂ᵀ ReLU(W₁ h_i + b₁) + b₂), methods.md B4 (4).
+    """AD-TP's token saliency predictor: S_i = act(w₂ᵀ ReLU(W₁ h_i + b₁) + b₂), docs/adtp.md 4.
 
     The slides draw an outer ReLU (`activation: relu`); it makes many exact ties at 0, so softplus is the default.
     At layer 0 it sees word and position only: a learned lexical saliency.

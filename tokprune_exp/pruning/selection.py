@@ -18,7 +18,7 @@ def ranks(
 
 
 def kept_count(ratio: Float[Tensor, " batch"] | float, eligible: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """Compute k = ⌈ρ·|V|⌉, at least 1 (AD-TP, methods.md B4 (6)); never more than |V|."""
+    """Compute k = ⌈ρ·|V|⌉, at least 1 (AD-TP, docs/adtp.md 6); never more than |V|."""
     # a ratio is a decimal, in single precision perhaps (0.6 is 0.60000002): 0.3 · 10 must not become 4 tokens
     wanted = torch.ceil(ratio * eligible.double() * (1 - 1e-6)).long()
     return torch.minimum(wanted.clamp(min=1), eligible)
