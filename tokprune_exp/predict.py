@@ -10,6 +10,7 @@ Nothing heavy is imported before the texts are read, so that a mistake is answer
 import argparse
 import io
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -43,15 +44,17 @@ def read_arguments() -> argparse.Namespace:
         "for a task on pairs two texts with a tab between them; empty lines are skipped.",
     )
     parser.add_argument("model_dir", type=Path, help="a model directory: model/ of a finished run")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("texts", nargs="*", default=[], metavar="text")
-    source.add_argument("--file", type=Path, help="read the texts from this file")
+    parser.add_argument("texts", nargs="*", default=[], metavar="text")
+    parser.add_argument("--file", type=Path, help="read the texts from this file")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per text, with every token of every layer")
     form.add_argument("--plain", action="store_true", help="dropped tokens in [brackets], as where there is no colour")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw what is printed, in colour, into this file")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
-    return parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # options may stand between MODEL_DIR and the texts
+    if arguments.file and arguments.texts:
+        parser.error("texts come from the command line or from --file, not from both")
+    return arguments
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -75,7 +78,10 @@ def predict(arguments: argparse.Namespace) -> None:
         show(prediction, console, in_colour)
         show(prediction, drawing, in_colour=True)
     if arguments.svg is not None:
-        drawing.save_svg(str(arguments.svg), title="tokprune_exp.predict")
+        picture = drawing.export_svg(title="tokprune_exp.predict")
+        arguments.svg.write_text(
+            re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
+        )  # fonts of the reader's own
 
 
 def show(prediction: "Prediction", console: Console, in_colour: bool) -> None:
