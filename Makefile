@@ -1,5 +1,5 @@
 # make help lists the targets. PYTHON names the interpreter that the environment is made with.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

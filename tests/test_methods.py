@@ -125,7 +125,7 @@ def test_every_part_equals_its_equation(progress: float, adtp: Build, ragged_bat
     model = method.model
     pruned = model(batch)
     own = model.attribute(batch, method.attribution).tolist()
-    saliency, ratio_logits = pruned.trace.layers[0].importance.tolist(), pruned.trace.ratio_logits.tolist()
+    saliency, ratio_logits = pruned.trace.layers[0].importance.tolist(), pruned.trace.decisions[0].ratio_logits.tolist()
     teacher = batch.teacher_attribution.tolist()
     sums = dict.fromkeys(("cross_entropy", "logit", "attribution", "saliency", "ratio"), 0.0)
     expected_ratio, kappa = 0.0, 0.8 * progress
@@ -273,7 +273,7 @@ def test_before_the_dense_fraction_is_over_every_token_is_kept_while_the_pruning
         dense = method.model(batch, prune=False).logits
         assert torch.allclose(output.logits, dense, atol=1e-5) == keeps_all
         assert (method.terms(batch).parts["retention"].item() == 1) == keeps_all
-        assert output.trace.ratio_logits is not None and output.trace.layers[1].importance is not None
+        assert output.trace.decisions[0].ratio_logits is not None and output.trace.layers[1].importance is not None
         found = gradients_of(method, batch)
         assert found["pruning.scorer"] and found["pruning.retainer"]
 

@@ -64,9 +64,10 @@ def assert_equal_traces(ours: PruningTrace, theirs: PruningTrace) -> None:
             torch.testing.assert_close(one.importance, two.importance, atol=1e-5, rtol=1e-5)
     for kind in ("keys", "queries", "outputs"):
         assert torch.equal(ours.counts(kind), theirs.counts(kind))
-    assert (ours.ratio_logits is None) == (theirs.ratio_logits is None)
-    if ours.ratio_logits is not None:
-        torch.testing.assert_close(ours.ratio_logits, theirs.ratio_logits, atol=1e-5, rtol=0)
+    for one, two in zip(ours.decisions, theirs.decisions, strict=True):
+        assert (one.ratio_logits is None) == (two.ratio_logits is None)
+        if one.ratio_logits is not None:
+            torch.testing.assert_close(one.ratio_logits, two.ratio_logits, atol=1e-5, rtol=0)
 
 
 # The invariant

@@ -168,20 +168,18 @@ class PrunedEncoder(nn.Module):
         trace = PruningTrace(layout.sequences.valid)
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, EncoderLayer)
-            importance = None
+            decision = None
             if pruning is not None and pruning.decides(number, after_attention=False):
-                importance, layout, gather = _choose(pruning, hidden, layout, None, trace, enforce)
+                decision, layout, gather = _choose(pruning, hidden, layout, None, enforce)
                 hidden = gather(hidden)
             entering = layout.alive
             decides_inside = pruning is not None and pruning.decides(number, after_attention=True)
             context, received = layer.attend(hidden, layout, wants_received=decides_inside)
             if pruning is not None and decides_inside:
-                importance, layout, gather = _choose(pruning, hidden, layout, received, trace, enforce)
+                decision, layout, gather = _choose(pruning, hidden, layout, received, enforce)
                 hidden, context = gather(hidden), gather(context)
             hidden = layer.finish(hidden, context)
-            trace.layers.append(
-                LayerTrace(keys=entering, queries=entering, outputs=layout.alive, importance=importance)
-            )
+            trace.layers.append(LayerTrace(keys=entering, queries=entering, outputs=layout.alive, decision=decision))
         return EncoderOutput(hidden, layout, trace)
 
     def first_layers(self, count: int) -> "PrunedEncoder":
@@ -201,11 +199,10 @@ class PrunedEncoder(nn.Module):
 
 
 def _choose(
-    pruning: PruningRule, hidden: Tensor, layout: Layout, received: Tensor | None, trace: PruningTrace, enforce: bool
-) -> tuple[Tensor, Layout, Callable[[Tensor], Tensor]]:
-    """Ask the pruning; return the importances, the layout of the survivors, and what reduces a tensor to them."""
+    pruning: PruningRule, hidden: Tensor, layout: Layout, received: Tensor | None, enforce: bool
+) -> tuple[Decision, Layout, Callable[[Tensor], Tensor]]:
+    """Ask the pruning; return its decision, the layout of the survivors, and what reduces a tensor to them."""
     decision = pruning.decide(hidden, layout, received)
-    trace.ratio_logits = decision.ratio_logits
     if not enforce:
-        return decision.importance, layout, lambda tensor: tensor
-    return decision.importance, *layout.keep(decision.keep, decision.gate)
+        return decision, layout, lambda tensor: tensor
+    return decision, *layout.keep(decision.keep, decision.gate)

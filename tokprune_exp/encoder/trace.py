@@ -31,19 +31,25 @@ class LayerTrace:
     keys: Bool[Tensor, "batch tokens"]
     queries: Bool[Tensor, "batch tokens"]
     outputs: Bool[Tensor, "batch tokens"]
-    importance: Float[Tensor, "batch tokens"] | None = None
+    decision: Decision | None = None
+
+    @property
+    def importance(self) -> Float[Tensor, "batch tokens"] | None:
+        """What the tokens were chosen by, in a layer where they were."""
+        return None if self.decision is None else self.decision.importance
 
 
 @dataclass
 class PruningTrace:
-    """The layers' traces of one forward pass over a batch whose real tokens are `valid`.
-
-    `ratio_logits` are the scores of an adaptive retainer over its candidate ratios, where there is one.
-    """
+    """The layers' traces of one forward pass over a batch whose real tokens are `valid`."""
 
     valid: Bool[Tensor, "batch tokens"]
     layers: list[LayerTrace] = field(default_factory=list)
-    ratio_logits: Float[Tensor, "batch ratios"] | None = None
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What was decided, in the order of the layers where something was."""
+        return [layer.decision for layer in self.layers if layer.decision is not None]
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:

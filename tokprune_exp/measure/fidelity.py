@@ -23,8 +23,8 @@ def saliency_fidelity(model: PrunedClassifier, batches: Iterable[Batch], setting
         attribution = normalise_over_sequence(model.attribute(batch, settings).detach(), prunable)
         with torch.no_grad():
             trace = model(batch).trace
-        importance = next(layer.importance for layer in trace.layers if layer.importance is not None)  # it prunes once
-        saliency = normalise_over_sequence(importance, prunable)
+        (decision,) = trace.decisions  # it prunes at one layer
+        saliency = normalise_over_sequence(decision.importance, prunable)
         for ours, theirs, tokens in zip(saliency, attribution, prunable, strict=True):
             if int(tokens.sum()) >= 3:
                 correlations.append(spearman(ours[tokens], theirs[tokens]))

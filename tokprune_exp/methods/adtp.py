@@ -131,8 +131,7 @@ class ADTP(PruningModule):
         target = losses.joint_attribution(taught, own, kappa, prunable)  # a_c
 
         pruned = self.pruned_pass(batch)
-        trace, logits = pruned.trace, pruned.logits.float()
-        importance = next(layer.importance for layer in trace.layers if layer.importance is not None)
+        (decision,), logits = pruned.trace.decisions, pruned.logits.float()  # it prunes at one layer
 
         parts = {"cross_entropy": losses.task_loss(logits, batch.labels).mean()}
         total = (1 - weights.alpha) * parts["cross_entropy"]
@@ -143,12 +142,12 @@ class ADTP(PruningModule):
             parts["attribution"] = losses.attribution_distance(own, taught, batch.valid)
             total = total + weights.beta * parts["attribution"]
         if isinstance(self.scorer, TokenSaliency):
-            parts["saliency"] = losses.saliency_loss(importance, target, prunable, weights.listwise_weight)
+            parts["saliency"] = losses.saliency_loss(decision.importance, target, prunable, weights.listwise_weight)
             total = total + weights.gamma * parts["saliency"]
-        if trace.ratio_logits is not None:
-            parts["ratio"] = self.ratio_loss(trace.ratio_logits, target, batch)
+        if decision.ratio_logits is not None:
+            parts["ratio"] = self.ratio_loss(decision.ratio_logits, target, batch)
             total = total + weights.gamma * parts["ratio"]
-        parts["retention"] = trace.retention[:, -1].mean()
+        parts["retention"] = pruned.trace.retention[:, -1].mean()
         return Terms(total, parts)
 
     def own_attribution(self, batch: Batch, kappa: float) -> Float[Tensor, "batch tokens"]:
