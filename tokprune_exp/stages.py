@@ -6,9 +6,7 @@ checkpoints/<stage>/weights.safetensors the chosen weights; that it exists means
 """
 
 import logging
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,20 +22,10 @@ from tokprune_exp.methods.module import Stage
 LOGGER = logging.getLogger(__name__)
 
 
-@dataclass
-class StageReport:
-    """How a stage went: seconds spent in this process, and whether it was done before."""
-
-    name: str
-    seconds: float
-    was_done: bool
-
-
 def run_stage(
     stage: Stage, data: TaskData, build_trainer: Callable[..., Trainer], loggers: list[Logger], directory: Path
-) -> StageReport:
+) -> None:
     """Train one stage, or load what an earlier process trained; the module ends with the weights of the best epoch."""
-    started = time.perf_counter()
     folder = directory / "checkpoints" / stage.name
     weights = folder / "weights.safetensors"
     stage.module.prefix = stage.name
@@ -45,7 +33,7 @@ def run_stage(
         _forget_checkpoints(folder)
         LOGGER.info("stage %s: done before, weights from %s", stage.name, weights)
         stage.module.model.load_state_dict(load_file(weights))
-        return StageReport(stage.name, time.perf_counter() - started, was_done=True)
+        return
 
     metric = f"{stage.name}/selection_{stage.module.metrics[0]}"
     best = ModelCheckpoint(
@@ -73,7 +61,6 @@ def run_stage(
     stage.module.cpu()
     save_at_once({name: tensor.contiguous() for name, tensor in stage.module.model.state_dict().items()}, weights)
     _forget_checkpoints(folder)
-    return StageReport(stage.name, time.perf_counter() - started, was_done=False)
 
 
 def _reached(checkpoint: Path, stage: str) -> str | None:
