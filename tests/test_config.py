@@ -176,7 +176,7 @@ def test_the_folder_changes_with_the_result_and_with_nothing_else():
         return config_hash(composed("+method=adtp", *overrides))
 
     assert name() == name()
-    assert name() == name("run_dir=x", "overwrite=true", "logger=wandb", "tags=[a]", "notes=b", "data.cache=c")
+    assert name() == name("run_dir=x", "overwrite=true", "logger=wandb", "tags=[a]", "data.cache=c")
     assert len({name(), name("seed=1"), name("optimizer.lr=1e-4"), name("retainer.ratio=0.5"), name("epochs=1")}) == 5
 
 
@@ -239,3 +239,14 @@ def test_the_configuration_is_found_in_an_installed_package_and_from_any_directo
     assert (done.returncode, done.stderr) == (0, "")
     assert OmegaConf.create(done.stdout).method._target_ == "tokprune_exp.methods.adtp.ADTP"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["site"]
+
+
+def test_a_teacher_counts_by_its_weights_and_not_by_its_place(tmp_path):
+    for place, weights in (("here", b"1"), ("there", b"1"), ("other", b"2")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "model.safetensors").write_bytes(weights)
+    here, there, other = (
+        config_hash(composed("+method=adtp", f"teacher.path={tmp_path / place}"))
+        for place in ("here", "there", "other")
+    )
+    assert here == there != other

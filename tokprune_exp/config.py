@@ -147,7 +147,6 @@ class RunConfig:
     """Where the run is written; null: a folder named after the configuration (see `run_directory`)."""
     overwrite: bool = False
     """Start a finished run anew."""
-    notes: str | None = None
     tags: list[str] = field(default_factory=list)
 
 
@@ -199,7 +198,7 @@ Plugins.instance().register(SweepDirectory)
 def config_hash(cfg: DictConfig) -> str:
     """Eight hexadecimal digits that differ whenever a value differs that can change the result."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key in ("run_dir", "overwrite", "logger", "notes", "tags"):
+    for key in ("run_dir", "overwrite", "logger", "tags"):
         values.pop(key, None)
     values["data"].pop("cache", None)
     if values.get("teacher") and values["teacher"]["path"]:  # a teacher is its weights, not its place
