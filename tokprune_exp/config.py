@@ -65,6 +65,9 @@ ADDED_GROUPS = ("method", "experiment", "sweep")
 SOURCES = ("directory", "hub", "wheel")
 
 
+BACKBONE_FROM_ENVIRONMENT = Backbone(weights_root="${oc.env:TOKPRUNE_WEIGHTS,null}")
+
+
 @dataclass
 class DataConfig:
     """Where examples come from and how many are read."""
@@ -130,7 +133,7 @@ class RunConfig:
 
     seed: int = 0
     task: Task = field(default_factory=Task)
-    backbone: Backbone = field(default_factory=Backbone)
+    backbone: Backbone = field(default_factory=lambda: BACKBONE_FROM_ENVIRONMENT)
     teacher: Teacher | None = None
     scorer: Any = None
     retainer: Any = None
@@ -191,7 +194,7 @@ class SweepDirectory(SearchPathPlugin):
 
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
-ConfigStore.instance().store(name="backbone_schema", node=Backbone)
+ConfigStore.instance().store(name="backbone_schema", node=BACKBONE_FROM_ENVIRONMENT)
 Plugins.instance().register(SweepDirectory)
 
 

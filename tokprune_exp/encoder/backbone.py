@@ -32,7 +32,7 @@ class Backbone:
     layers: int | None = None
     """Only the first of its layers; null: all."""
     dropout: float = 0.1
-    weights_root: str | None = "${oc.env:TOKPRUNE_WEIGHTS,null}"
-    """A directory with one folder per backbone."""
+    weights_root: str | None = None
+    """A directory with one folder per backbone; in a configuration TOKPRUNE_WEIGHTS unless it is set."""
     random: RandomShape | None = None
     """Random weights of this shape instead of pretrained ones; the tokenizer is looked for as above."""
