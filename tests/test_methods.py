@@ -634,3 +634,16 @@ def test_training_lowers_the_loss_and_the_saliency_comes_to_rank_as_the_attribut
     assert sum(history[-5:]) < 0.7 * sum(history[:5])
     assert after["spearman"] > max(0.6, before["spearman"] + 0.3)
     assert after["mse"] < 0.5 * before["mse"]
+
+
+def test_without_a_teacher_eta_follows_the_students_attributions_and_holds_the_ratio(
+    adtp: Build, ragged_batch: Build
+) -> None:
+    method = adtp(loss=ADTPLoss(alpha=0.0, beta=0.0), has_teacher=False)
+    batch = ragged_batch(method.model, [9, 14, 21, 30, 12, 17, 25, 28], outputs=2)
+    method.terms(batch)
+    own = method.model.attribute(batch, method.attribution).detach()
+    mass = losses.mass_by_ratio(own, method.model.sequences(batch).prunable, method.retainer.ratios)
+    labels = method.retainer.ratios[losses.smallest_sufficient_ratio(mass, method.eta)]
+    assert method.eta > 0
+    assert abs(float(labels.mean()) - method.retainer.ratio) < 0.1

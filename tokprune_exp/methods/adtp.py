@@ -74,7 +74,7 @@ class ADTP(PruningModule):
         # in a tuple, so that the teacher is neither trained nor checkpointed with the student
         self.teachers = (teacher,) if teacher is not None else ()
         self.teacher_is_trained, self.initialises_student = teacher_is_trained, initialises_student
-        self.eta = 0.0
+        self.eta: float | None = None
         if isinstance(self.retainer, AdaptiveRatio):
             self.retainer.explores = ratio_target == "gumbel"
 
@@ -172,6 +172,9 @@ class ADTP(PruningModule):
         loss = self.loss.budget_weight * losses.budget_loss(ratio_logits, ratios, self.retainer.ratio)
         if self.ratio_target == "mass":
             mass = losses.mass_by_ratio(target, self.model.sequences(batch).prunable, ratios)
+            if self.eta is None or not self.teachers:  # no teacher's view to set η by: it follows the student's own
+                now = losses.calibrate_eta(mass, ratios, self.retainer.ratio)
+                self.eta = now if self.eta is None else 0.98 * self.eta + 0.02 * now
             loss = loss + F.cross_entropy(ratio_logits, losses.smallest_sufficient_ratio(mass, self.eta))
         if self.ratio_target == "oracle":
             loss = loss + F.cross_entropy(ratio_logits, self.oracle_ratio(target, batch))
