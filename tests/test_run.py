@@ -62,6 +62,8 @@ def test_adtp_learns_the_tiny_task_and_leaves_everything_it_promises(tiny_overri
     assert result["metrics"]["pruned"]["accuracy"] > 0.9
     assert result["flops"]["reduction_unpadded"] > 1.5
     assert result["flops"]["fvcore_forwards_equal"] == 5
+    assert sum(result["flops"]["ratio_shares"]) == pytest.approx(1)
+    assert result["flops"]["ratio_asked"] == 0.3
     assert [row["batch_size"] for row in result["latency"]] == [1, 4]
     assert result["data"]["kind"] == "directory"
     assert set(result["wall_seconds"]["stages"]) == {"teacher", "student"}

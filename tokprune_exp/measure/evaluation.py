@@ -16,7 +16,11 @@ from tokprune_exp.model import PrunedClassifier
 
 @dataclass
 class Evaluation:
-    """Predictions on a split in the order of `index`, their metrics, and the FLOPs figures of `FlopsReport.summary`."""
+    """Predictions on a split in the order of `index`, their metrics, and the FLOPs figures of `FlopsReport.summary`.
+
+    With an adaptive retainer `flops["ratio_shares"]` is the share of the examples that got each candidate ratio: all in
+    one means that nothing was adapted.
+    """
 
     logits: Float[Tensor, "examples outputs"]
     labels: Int[Tensor, " examples"] | Float[Tensor, " examples"]
@@ -36,20 +40,23 @@ def evaluate(
     model = model.to(device).eval()
     shape = model.encoder.shape
     report = FlopsReport(shape.dim, shape.ff_dim)
-    logits, labels, index = [], [], []
+    logits, labels, index, ratios = [], [], [], []
     for batch in batches:
         with torch.inference_mode():  # only here: parameters that are moved inside would stay without gradients
             output = model(batch.to(device), "gathered", prune)
         pruner = model.pruning.macs(output.trace) if prune and model.pruning is not None else 0
+        ratios += [one.ratio_logits.cpu() for one in output.trace.decisions if one.ratio_logits is not None]
         report.update(output.trace, pruner, model.head.macs(), batch.index)
         logits.append(output.logits.float().cpu())
         labels.append(batch.labels)
         index.append(batch.index)
     order = torch.cat(index).argsort()
     all_logits, all_labels = torch.cat(logits)[order], torch.cat(labels)[order]
-    return Evaluation(
-        all_logits, all_labels, evaluate_metrics(metrics, all_logits, all_labels), report.summary(published_length)
-    )
+    flops = report.summary(published_length)
+    if ratios:
+        chosen = torch.cat(ratios)
+        flops["ratio_shares"] = (chosen.argmax(1).bincount(minlength=chosen.shape[1]) / len(chosen)).tolist()
+    return Evaluation(all_logits, all_labels, evaluate_metrics(metrics, all_logits, all_labels), flops)
 
 
 class GatheredForward(nn.Module):
