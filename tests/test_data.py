@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import lightning.pytorch as lightning
@@ -388,8 +389,8 @@ def test_a_process_that_comes_second_takes_what_the_first_unpacked(
     target = tmp_path / "cache" / "assets" / "small"
     unpack = assets.unpack
 
-    def unpack_while_another_finishes(*arguments: object) -> None:
-        unpack(*arguments)  # type: ignore[arg-type]
+    def unpack_while_another_finishes(*arguments: Any) -> None:
+        unpack(*arguments)
         target.mkdir()
         (target / "config.json").write_text("the first")
 
@@ -576,8 +577,8 @@ def test_raw_texts_stay_beside_their_tokens(
 def test_settings_may_be_a_hydra_configuration_and_a_tokenizer_folder(
     tiny_task: Task, data_settings: Settings, tiny_tokenizer_directory: Path
 ) -> None:
-    settings = OmegaConf.create(vars(data_settings(tokenizer=str(tiny_tokenizer_directory))))
-    ours = TaskData(tiny_task, settings).train  # type: ignore[arg-type]
+    settings: Any = OmegaConf.create(vars(data_settings(tokenizer=str(tiny_tokenizer_directory))))
+    ours = TaskData(tiny_task, settings).train
     assert torch.equal(ours.input_ids, TaskData(tiny_task, data_settings()).train.input_ids)
 
 

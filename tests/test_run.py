@@ -121,12 +121,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_term(tiny_override
 
 
 def test_a_teacher_trained_before_is_named_instead_of_trained_again(tiny_overrides, tmp_path):
-    run(composed(["+method=finetune", "method.epochs=2", "logger=none", *tiny_overrides]), tmp_path / "teacher")
-    teacher = f"teacher.path={tmp_path / 'teacher' / 'model'}"
+    run(composed(["+method=adtp", "epochs=2", "logger=none", *tiny_overrides]), tmp_path / "first")
+    teacher = f"teacher.path={tmp_path / 'first' / 'teacher'}"
     run(composed(["+method=adtp", "method.epochs=1", "logger=none", teacher, *tiny_overrides]), tmp_path / "student")
     result = result_of(tmp_path / "student")
     assert set(result["wall_seconds"]["stages"]) == {"student"}
-    assert result["metrics"]["dense"] == result_of(tmp_path / "teacher")["metrics"]["dense"]
+    assert result["metrics"]["dense"] == result_of(tmp_path / "first")["metrics"]["dense"]
+    assert not (tmp_path / "student" / "teacher").exists()
+    model, card = load_model(tmp_path / "first" / "teacher")
+    assert model.pruning is None
+    assert (card.method, card.backbone) == ("finetune", "tiny")
 
 
 @pytest.mark.parametrize("killed_stage", ["teacher", "student"])

@@ -116,16 +116,16 @@ def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> Pr
     )
 
 
-def model_card(cfg: DictConfig) -> ModelCard:
-    """Say what whoever loads the model needs to know of its task."""
+def model_card(cfg: DictConfig, of_teacher: bool = False) -> ModelCard:
+    """Say what whoever loads the model, or the teacher that was trained for it, needs to know of its task."""
     task = as_task(cfg)
     return ModelCard(
         task=task.name,
-        backbone=cfg.backbone.name,
+        backbone=cfg.teacher.backbone.name if of_teacher else cfg.backbone.name,
         labels=task.labels,
         max_tokens=task.max_tokens,
         pair=len(task.text) == 2,
         published_length=task.published_length,
-        method=method_name(cfg),
+        method="finetune" if of_teacher else method_name(cfg),
         metrics=task.metrics,
     )

@@ -89,6 +89,8 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
             run_stage(replace(stage, epochs=epochs), data, trainer, loggers, directory)
 
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)
+    if method.dense is not None and cfg.teacher.path is None:  # trained here, and of use to other runs: teacher.path
+        save_model(directory / "teacher", method.dense, model_card(cfg, of_teacher=True), backbone.tokenizer)
     attribution = instantiate(cfg.method.attribution) if "attribution" in cfg.method else None
     record.update(
         **measure(method, data, cfg.measure, "cuda" if accelerator in ("gpu", "cuda") else "cpu", attribution)
@@ -123,7 +125,7 @@ def is_finished(directory: Path, cfg: DictConfig) -> bool:
 
 def throw_away(directory: Path) -> None:
     """Delete what a run writes, and nothing else that may lie in its directory."""
-    for name in ("checkpoints", "csv", "wandb", "model"):
+    for name in ("checkpoints", "csv", "wandb", "model", "teacher"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("config.yaml", "result.json"):
         (directory / name).unlink(missing_ok=True)
