@@ -225,12 +225,12 @@ def enlarged(model: nn.Module, gain: float = 2.0) -> nn.Module:
 def random_classifier(random_transformer: Callable[..., Any]) -> Callable[..., PrunedClassifier]:
     """Build a classifier in evaluation mode: random weights, logits of the order of 1, the pruning that is given.
 
-    `scorer` and `retainer` are functions of the width, as the configuration makes them.
+    `scorer` is a function of the width and `retainer` of width and layers, as the configuration makes them.
     """
 
     def build(
         scorer: Callable[[int], Any] | None = None,
-        retainer: Callable[[int], Any] | None = None,
+        retainer: Callable[[int, int], Any] | None = None,
         family: str = "bert",
         outputs: int = 3,
         **sizes: int,
@@ -238,9 +238,11 @@ def random_classifier(random_transformer: Callable[..., Any]) -> Callable[..., P
         encoder = encoder_from_transformers(random_transformer(family, **sizes))
         with torch.random.fork_rng():
             torch.manual_seed(2)
-            dim = encoder.shape.dim
+            dim, layers = encoder.shape.dim, encoder.shape.layers
             head = enlarged(Head(dim, outputs), gain=1.5)
-            pruning = None if scorer is None or retainer is None else enlarged(Pruning(scorer(dim), retainer(dim)))
+            pruning = (
+                None if scorer is None or retainer is None else enlarged(Pruning(scorer(dim), retainer(dim, layers)))
+            )
         return PrunedClassifier(encoder, head, pruning, separator=3).eval()
 
     return build

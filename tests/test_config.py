@@ -20,7 +20,14 @@ CONF = config_directory()
 SWEEPS = CONF.parent / "multirun_sweeps" / "sweep"
 ADDED = ("method", "experiment")
 """Groups that bring a method; options of all others are tried with adtp."""
-REFUSED = {"retainer/keep_all": [], "teacher/none": ["loss.alpha=0"]}
+REFUSED = {
+    "retainer/keep_all": [],
+    "retainer/learned_threshold": [],
+    "retainer/manual_threshold": [],
+    "retainer/topk": [],
+    "loss/ltp": [],
+    "teacher/none": ["loss.alpha=0"],
+}
 """Options that adtp refuses, and what makes it accept them, where anything does."""
 
 
@@ -105,7 +112,7 @@ def test_all_problems_are_told_at_once():
         "sed: the configuration has no key sed; did you mean seed?",
         "scorer.activation=gelu: must be softplus, relu or none",
         "loss.alpha=high: must be float",
-        "adtp with retainer=keep_all prunes nothing: choose retainer=adaptive, static or random, or +method=finetune",
+        "adtp prunes with retainer=adaptive or static or random",
     ]
 
 

@@ -527,7 +527,7 @@ def test_a_setting_out_of_its_bounds_is_refused_by_its_key(wrong: dict[str, Any]
 def small_model(tokenizer: PreTrainedTokenizerFast, outputs: int, prunes: bool = False) -> PrunedClassifier:
     shape = RandomShape(dim=32, heads=4, layers=2, ff_dim=64)
     encoder = random_encoder(Backbone(name="tiny", random=shape), tokenizer)
-    pruning = Pruning(TokenSaliency(32), AdaptiveRatio(32, ratio=0.4)) if prunes else None
+    pruning = Pruning(TokenSaliency(32), AdaptiveRatio(32, 4, ratio=0.4)) if prunes else None
     return PrunedClassifier(encoder, Head(32, outputs), pruning, tokenizer.sep_token_id)
 
 

@@ -136,7 +136,7 @@ def test_a_directory_of_another_format_is_a_user_error(
     (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "format": 0}))
     random_transformer().save_pretrained(tmp_path / "theirs")
     for name in ("ours", "theirs"):
-        with pytest.raises(UserError, match="is not a tokprune_exp model of format 1"):
+        with pytest.raises(UserError, match="is not a tokprune_exp model of format 2"):
             load_model(tmp_path / name)
 
 

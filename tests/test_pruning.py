@@ -149,7 +149,7 @@ def test_gathered_equals_masked_with_the_weights_of_gte_small(
         pytest.skip(f"no gte_small in {shared_weights}")
     torch.manual_seed(0)
     loaded = load_backbone(Backbone(name="gte_small", path=str(shared_weights / "gte_small")), str(tmp_path))
-    pruning = Pruning(SCORERS[scorer](384), AdaptiveRatio(384, layer=layer))
+    pruning = Pruning(SCORERS[scorer](384), AdaptiveRatio(384, 6, layer=layer))
     model = PrunedClassifier(loaded.encoder, Head(384, 2), pruning, loaded.tokenizer.sep_token_id).eval()
     with torch.no_grad():
         model.head.classifier.weight.mul_(20)
@@ -354,7 +354,7 @@ def test_keep_top_equals_a_plain_loop(grid: list[list[float]], mask: list[bool],
 def test_the_kept_count_is_the_ceiling_of_the_decimal_ratio_for_every_length(candidates: int) -> None:
     """As the ratios come: a Python float, and the candidates r_c = c/C in single precision."""
     lengths = torch.arange(0, 1025)
-    ratios = AdaptiveRatio(4, candidates=candidates).ratios
+    ratios = AdaptiveRatio(4, 4, candidates=candidates).ratios
     for c, ratio in enumerate(ratios, start=1):
         exact = [min(n, max(1, -(-c * n // candidates))) for n in lengths.tolist()]
         assert kept_count(c / candidates, lengths).tolist() == exact
@@ -447,7 +447,7 @@ def test_a_random_ratio_has_the_asked_mean_and_stays_in_its_range() -> None:
     layout, hidden = a_layout([101] * 2000)
     importance = torch.rand(2000, 101)
     for ratio, low, high in ((0.3, 1, 60), (0.8, 60, 100)):
-        kept = RandomRatio(6, ratio=ratio)(importance, hidden, layout).keep.sum(1) - 1
+        kept = RandomRatio(6, 4, ratio=ratio)(importance, hidden, layout, 0).keep.sum(1) - 1
         assert kept.min() >= low and kept.max() <= high
         assert kept.float().mean().item() == pytest.approx(100 * ratio, abs=2)
     assert kept.float().std() > 5
@@ -455,10 +455,10 @@ def test_a_random_ratio_has_the_asked_mean_and_stays_in_its_range() -> None:
 
 def test_an_adaptive_ratio_is_the_candidate_with_the_largest_score() -> None:
     layout, hidden = a_layout([21, 11, 6])
-    retainer = AdaptiveRatio(6, candidates=5)
+    retainer = AdaptiveRatio(6, 4, candidates=5)
     assert retainer.ratios.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     nn.init.normal_(retainer.classifier.weight)
-    decision = retainer(torch.rand(3, 21), hidden, layout)
+    decision = retainer(torch.rand(3, 21), hidden, layout, 0)
     for row, length in enumerate([21, 11, 6]):
         scores = retainer.classifier(hidden[row, :length].mean(0))
         torch.testing.assert_close(decision.ratio_logits[row], scores, atol=1e-5, rtol=0)
@@ -469,13 +469,13 @@ def test_an_adaptive_ratio_is_the_candidate_with_the_largest_score() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (partial(StaticRatio, ratio=0.0), r"retainer\.ratio=0\.0 must be above 0 and at most 1"),
-        (partial(StaticRatio, ratio=1.2), r"retainer\.ratio=1\.2 must be above 0 and at most 1"),
-        (partial(RandomRatio, ratio=-0.1), r"retainer\.ratio=-0\.1 must be above 0"),
-        (partial(AdaptiveRatio, ratio=2.0), r"retainer\.ratio=2\.0 must be above 0"),
-        (partial(StaticRatio, layer=-1), r"retainer\.layer=-1 must be 0 or more"),
-        (partial(AdaptiveRatio, candidates=1), r"retainer\.candidates=1 must be at least 2"),
-        (partial(AdaptiveRatio, summary="cls"), r"retainer\.summary=cls with retainer\.layer=0"),
+        (partial(StaticRatio, layers=4, ratio=0.0), r"retainer\.ratio=0\.0 must be above 0 and at most 1"),
+        (partial(StaticRatio, layers=4, ratio=1.2), r"retainer\.ratio=1\.2 must be above 0 and at most 1"),
+        (partial(RandomRatio, layers=4, ratio=-0.1), r"retainer\.ratio=-0\.1 must be above 0"),
+        (partial(AdaptiveRatio, layers=4, ratio=2.0), r"retainer\.ratio=2\.0 must be above 0"),
+        (partial(StaticRatio, layers=4, layer=-1), r"retainer\.layer=-1 must be 0 or more"),
+        (partial(AdaptiveRatio, layers=4, candidates=1), r"retainer\.candidates=1 must be at least 2"),
+        (partial(AdaptiveRatio, layers=4, summary="cls"), r"retainer\.summary=cls with retainer\.layer=0"),
         (partial(TokenSaliency, hidden_dim=0), r"scorer\.hidden_dim=0 must be at least 1"),
         (partial(AttentionMass, constant=0), r"scorer\.constant=0 must be at least 1"),
     ],
@@ -513,7 +513,7 @@ def test_a_sampled_ratio_gives_a_gate_that_equals_the_keep_mask(
     hidden = torch.randn_like(start)
     kept = set()
     for _ in range(10):
-        decision = model.pruning.decide(hidden, layout, None)
+        decision = model.pruning.decide(hidden, layout, None, 0)
         assert decision.gate is not None and torch.equal(decision.gate.detach(), decision.keep.float())
         ratio_of = (decision.keep.sum(1) - 1)[4].item()
         kept.add(ratio_of)
@@ -577,4 +577,4 @@ def test_a_gate_temperature_lets_the_task_teach_the_scorer_and_changes_no_value(
 
 def test_a_gate_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"retainer\.gate_temperature=0"):
-        StaticRatio(8, gate_temperature=0.0)
+        StaticRatio(8, 4, gate_temperature=0.0)

@@ -73,7 +73,7 @@ def build_model(cfg: DictConfig, backbone: LoadedBackbone, task: Task, with_prun
         head.pooler.load_state_dict(backbone.pooler)
     pruning = None
     if with_pruning and cfg.scorer is not None and cfg.retainer is not None:
-        pruning = Pruning(instantiate(cfg.scorer)(shape.dim), instantiate(cfg.retainer)(shape.dim))
+        pruning = Pruning(instantiate(cfg.scorer)(shape.dim), instantiate(cfg.retainer)(shape.dim, shape.layers))
     return PrunedClassifier(backbone.encoder, head, pruning, backbone.tokenizer.sep_token_id)
 
 
@@ -89,6 +89,8 @@ def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> Pr
         raise UserError(f"task.metrics={data.task.metrics}: choose from {', '.join(METRICS)}")
     optimizer = instantiate(cfg.optimizer)
     build = partial(instantiate(cfg.method), model=model, metrics=data.task.metrics, optimizer=optimizer)
+    if cfg.budget is not None:
+        build = partial(build, budget=cfg.budget)
     if cfg.teacher is None:
         return build()
     if cfg.teacher.path is not None:

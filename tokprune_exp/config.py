@@ -37,9 +37,9 @@ TARGETS = {
 """Where a `_target_` may stand and what it may construct there; a stranger's configuration can do nothing else."""
 
 SUPPLIED = {
-    "method": ("model", "metrics", "optimizer", "teacher", "teacher_is_trained", "initialises_student"),
+    "method": ("model", "metrics", "optimizer", "teacher", "teacher_is_trained", "initialises_student", "budget"),
     "scorer": ("dim",),
-    "retainer": ("dim",),
+    "retainer": ("dim", "layers"),
     "optimizer": ("params",),
     "trainer": (
         "max_epochs",
@@ -144,6 +144,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    budget: float | None = None
+    """Share of the unpruned FLOPs, unpadded, that the pruned model is to cost; null: what the method's keys give."""
     epochs: int | None = None
     """Epochs of every stage; null: what each stage says."""
     run_dir: str | None = None
@@ -435,16 +437,56 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
         )
         for part in ("scorer", "retainer", "loss", "teacher")
     ),
-    *(
-        (
-            lambda of, part=part: of.kind("method") == "ADTP" and of(part) is None,
-            f"adtp needs a {part}",
-        )
-        for part in ("scorer", "retainer", "loss")
+    (
+        lambda of: of.kind("method") == "Finetune" and of("budget") is not None,
+        "finetune takes no budget: it prunes nothing",
     ),
     (
-        lambda of: of.kind("method") == "ADTP" and of.kind("retainer") == "KeepAll",
-        "adtp with retainer=keep_all prunes nothing: choose retainer=adaptive, static or random, or +method=finetune",
+        lambda of: isinstance(of("budget"), int | float) and not 0 < of("budget") < 1,
+        "budget is a share of the unpruned FLOPs: a number above 0 and below 1",
+    ),
+    *(
+        (
+            lambda of, method=method, retainer=retainer: (
+                of.kind("method") == method and of("retainer") is not None and of.kind("retainer") not in retainer
+            ),
+            f"{name} prunes with retainer={' or '.join(files)}",
+        )
+        for method, name, retainer, files in (
+            ("ADTP", "adtp", ("AdaptiveRatio", "StaticRatio", "RandomRatio"), ("adaptive", "static", "random")),
+            ("LTP", "ltp", ("LearnedThreshold",), ("learned_threshold",)),
+            ("ManualThreshold", "manual_threshold", ("ManualThreshold",), ("manual_threshold",)),
+            ("ManualTopK", "manual_topk", ("TopKSchedule",), ("topk",)),
+        )
+    ),
+    *(
+        (
+            lambda of, method=method, loss=loss: (
+                of.kind("method") == method and of("loss") is not None and of.kind("loss") != loss
+            ),
+            f"{name} has a loss of its own: loss={name}",
+        )
+        for method, name, loss in (("ADTP", "adtp", "ADTPLoss"), ("LTP", "ltp", "LTPLoss"))
+    ),
+    *(
+        (
+            lambda of, method=method, part=part: of.kind("method") == method and of(part) is None,
+            f"{name} needs a {part}",
+        )
+        for method, name, parts in (
+            ("ADTP", "adtp", ("scorer", "retainer", "loss")),
+            ("LTP", "ltp", ("scorer", "retainer", "loss")),
+            ("ManualThreshold", "manual_threshold", ("scorer", "retainer")),
+            ("ManualTopK", "manual_topk", ("scorer", "retainer")),
+        )
+        for part in parts
+    ),
+    *(
+        (
+            lambda of, method=method: of.kind("method") == method and of("loss") is not None,
+            f"{name} takes no loss: it has the task's only",
+        )
+        for method, name in (("ManualThreshold", "manual_threshold"), ("ManualTopK", "manual_topk"))
     ),
     (
         lambda of: of("method.ratio_target") not in (None, "mass") and of.kind("retainer") != "AdaptiveRatio",
@@ -462,7 +504,11 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
         "method.ratio_target=gumbel has its own gate: set retainer.gate_temperature=null",
     ),
     (
-        lambda of: of.positive("loss.budget_weight") and of.kind("retainer") != "AdaptiveRatio",
+        lambda of: (
+            of.kind("loss") == "ADTPLoss"
+            and of.positive("loss.budget_weight")
+            and of.kind("retainer") != "AdaptiveRatio"
+        ),
         "loss.budget_weight holds the ratio of an adaptive retainer: set it to 0, or retainer=adaptive",
     ),
     (

@@ -1,9 +1,11 @@
-"""Every loss term as a pure function, with its equation; and the weights of AD-TP's overall objective.
+"""Every loss term as a pure function, with its equation; and the weights of each method's overall objective.
 
 AD-TP (slides): L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP).
+LTP (eq. 13):   L = L_CE + λ·(1/L) Σ_l ‖M̃^l‖₁.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,10 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokprune_exp.attribution import normalise_over_sequence
+from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.pruning.selection import kept_count
 
 SMALLEST_MASS = 1e-12
 """A sequence without attribution (nothing prunable, or no gradient) holds nothing, not 0/0."""
+CODE_LENGTH = 128
+"""LTP's code pads every sequence to this length, and takes means over it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,26 @@ class ADTPLoss:
                 raise ValueError(f"loss.{name}={getattr(self, name)} must not be negative")
         if self.temperature <= 0:
             raise ValueError(f"loss.temperature={self.temperature} must be above 0")
+
+
+@dataclass(frozen=True)
+class LTPLoss:
+    """The weights of LTP's terms; each field is a key of `conf/loss/ltp.yaml`."""
+
+    lam: float = 0.05
+    """λ, weight of the number of tokens."""
+    penalty: Literal["paper", "code"] = "paper"
+    """How tokens are counted: eq. 13, or the official code's mean."""
+    budget_weight: float = 10.0
+    """μ, weight of the squared distance from the budget; takes λ's place when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse weights outside their bounds."""
+        for name in ("lam", "budget_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must not be negative")
+        if self.penalty not in ("paper", "code"):
+            raise ValueError(f"loss.penalty={self.penalty}: paper or code")
 
 
 def task_loss(
@@ -109,6 +134,16 @@ def saliency_loss(
         divergence = (wanted.exp() * (wanted - given)).masked_fill(~prunable, 0.0).sum(1)
         loss = loss + listwise_weight * divergence.mean()
     return loss
+
+
+def token_penalty(trace: PruningTrace, penalty: str = "paper") -> Float[Tensor, ""]:
+    """Compute (1/L) Σ_l ‖M̃^l‖₁ of the soft masks, summed over the tokens, mean over the batch (LTP, eq. 13).
+
+    `code` is the official code's Σ_l mean(M̃^l) over a sequence padded to 128 tokens, without the padding's own share:
+    L/128 times the paper's, so that a λ found for one does not fit the other.
+    """
+    tokens = torch.stack([one.soft.sum(1) for one in trace.decisions if one.soft is not None]).sum(0).mean()
+    return tokens / (len(trace.layers) if penalty == "paper" else CODE_LENGTH)
 
 
 def mass_by_ratio(

@@ -26,9 +26,10 @@ from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.errors import UserError
 from tokprune_exp.head import Head
 from tokprune_exp.pruning.pruning import RETAINERS, SCORERS, Pruning
+from tokprune_exp.pruning.retainers import RatioRetainer
 
 Execution = Literal["masked", "gathered"]
-FORMAT = 1
+FORMAT = 2
 """Version of the model directory; raised when an old directory can no longer be read."""
 
 
@@ -51,8 +52,9 @@ class PrunedClassifier(nn.Module):
         self.encoder, self.head, self.pruning, self.separator = encoder, head, pruning, separator
         if pruning is not None:
             last = encoder.shape.layers - 1
-            if pruning.retainer.prunes and not any(pruning.retainer.prunes_at(n) for n in range(last + 1)):
-                raise ValueError(f"retainer.layer={pruning.retainer.layer}, but this encoder has layers 0 to {last}")
+            retainer = pruning.retainer
+            if isinstance(retainer, RatioRetainer) and retainer.layer > last:
+                raise ValueError(f"retainer.layer={retainer.layer}, but this encoder has layers 0 to {last}")
 
     def sequences(self, batch: Batch) -> Sequences:
         """Describe a batch to scorers and retainers: real and protected tokens, a fingerprint of each text."""
@@ -194,12 +196,11 @@ def load_model(directory: Path) -> tuple[PrunedClassifier, ModelCard]:
     shape = EncoderShape(**config["encoder"])
     pruning = None
     if config["pruning"] is not None:
-        parts: dict[str, Any] = {}
-        registries: dict[str, dict[str, Any]] = {"scorer": SCORERS, "retainer": RETAINERS}
-        for kind, registry in registries.items():
-            settings = dict(config["pruning"][kind])
-            parts[kind] = registry[settings.pop("type")](shape.dim, **settings)
-        pruning = Pruning(parts["scorer"], parts["retainer"])
+        scorer, retainer = (dict(config["pruning"][kind]) for kind in ("scorer", "retainer"))
+        pruning = Pruning(
+            SCORERS[scorer.pop("type")](shape.dim, **scorer),
+            RETAINERS[retainer.pop("type")](shape.dim, shape.layers, **retainer),
+        )
     model = PrunedClassifier(PrunedEncoder(shape), Head(shape.dim, **config["head"]), pruning, config["separator"])
     model.load_state_dict(load_file(directory / "model.safetensors"))
     return model.eval(), ModelCard(**config["card"])

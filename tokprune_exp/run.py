@@ -91,6 +91,7 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)
     if method.dense is not None and cfg.teacher.path is None:  # trained here, and of use to other runs: teacher.path
         save_model(directory / "teacher", method.dense, model_card(cfg, of_teacher=True), backbone.tokenizer)
+    record.update(findings=method.findings)
     attribution = instantiate(cfg.method.attribution) if "attribution" in cfg.method else None
     record.update(
         **measure(method, data, cfg.measure, "cuda" if accelerator in ("gpu", "cuda") else "cpu", attribution)

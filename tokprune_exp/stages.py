@@ -2,9 +2,11 @@
 
 checkpoints/<stage>/last.ckpt           written after every epoch; a killed run goes on from it
 checkpoints/<stage>/best.ckpt           the epoch with the best metric on the selection slice
+checkpoints/<stage>/findings.json       what the stage found out besides its weights
 checkpoints/<stage>/weights.safetensors the chosen weights; that it exists means that the stage is done
 """
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.tokenise import save_at_once
 from tokprune_exp.methods.module import Stage
+from tokprune_exp.tracking import write_json
 
 LOGGER = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ def run_stage(
         _forget_checkpoints(folder)
         LOGGER.info("stage %s: done before, weights from %s", stage.name, weights)
         stage.module.model.load_state_dict(load_file(weights))
+        stage.module.findings.update(json.loads((folder / "findings.json").read_text()))
         return
 
     metric = f"{stage.name}/selection_{stage.module.metrics[0]}"
@@ -55,10 +59,11 @@ def run_stage(
     stage.module.train()
     trainer.fit(stage.module, data, ckpt_path=_reached(folder / "last.ckpt", stage.name), weights_only=True)
 
-    chosen = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
+    chosen = torch.load(folder / f"{stage.keeps}.ckpt", map_location="cpu", weights_only=True)
     stage.module.load_state_dict(chosen["state_dict"])
     LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
     stage.module.cpu()
+    write_json(folder / "findings.json", stage.module.findings)
     save_at_once({name: tensor.contiguous() for name, tensor in stage.module.model.state_dict().items()}, weights)
     _forget_checkpoints(folder)
 

@@ -47,6 +47,7 @@ class RunRecord:
         started finished wall_seconds {total, stages {<stage>}}
         metrics {dense, unpruned, pruned} of {<metric>}
         flops {FlopsReport.summary}   latency [compare_latency rows]   saliency {spearman, mse}   data {…}
+        findings {what a stage found out; ltp: binarisation {soft, hard} of {<metric>, cost_share}}
         versions {python, <package>}   hardware {cpu, threads, gpu}
 
     A run that is resumed in its directory under the same configuration adds to the earlier wall_seconds.
@@ -80,6 +81,7 @@ class RunRecord:
             "flops": {},
             "latency": [],
             "saliency": {},
+            "findings": {},
             "data": {},
             "versions": versions(),
             "hardware": hardware(),
@@ -251,7 +253,7 @@ def log_result(loggers: Iterable[Logger], result: Mapping[str, Any]) -> None:
     """
     safe = json_safe(result)
     by_size = {f"batch_{row['batch_size']}": row for row in safe["latency"]}
-    kept = ("status", "reason", "metrics", "flops", "saliency", "wall_seconds")
+    kept = ("status", "reason", "metrics", "flops", "saliency", "findings", "wall_seconds")
     parts = {key: safe.get(key) for key in kept} | {"latency": by_size}
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -5,7 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from datasets import Dataset
+from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tokprune_exp.data.batches import BatchLoader, length_grouped_batches, sorted_batches
@@ -72,6 +74,21 @@ class TaskData(LightningDataModule):
     def evaluation_batches(self) -> BatchLoader:
         """The split that is reported, longest sequences first."""
         return self.in_order(self.evaluation)
+
+    def rows_as_long_as_evaluation(self, examples: int) -> Int[Tensor, " rows"]:
+        """Rows of the training split whose lengths are distributed like those of the reported split, longest first.
+
+        What a text costs depends on its length, and the training texts may be of another kind (SST-2's are phrases). Of
+        the reported split only the lengths are looked at.
+        """
+        wanted = self.evaluation.lengths.sort().values
+        wanted = wanted[torch.linspace(0, len(wanted) - 1, min(examples, len(wanted), len(self.train))).long()]
+        order = self.train.lengths.argsort(stable=True)
+        places = torch.searchsorted(self.train.lengths[order], wanted).clamp(max=len(order) - 1)
+        steps = torch.arange(len(places))
+        places = (places - steps).cummax(0).values + steps  # no row twice
+        places = torch.minimum(places, len(order) - len(places) + steps)
+        return order[places].flip(0)
 
     def in_order(self, split: EncodedSplit) -> BatchLoader:
         """The batches of a split without any chance in them, longest sequences first."""

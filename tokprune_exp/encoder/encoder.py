@@ -56,7 +56,7 @@ class PruningRule(Protocol):
         """Whether tokens are chosen at this place: before or after the attention of `layer` (0-based)."""
         ...
 
-    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None) -> Decision:
+    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int) -> Decision:
         """Choose tokens from hidden states and, after an attention, from the attention each token received."""
         ...
 
@@ -170,15 +170,17 @@ class PrunedEncoder(nn.Module):
             assert isinstance(layer, EncoderLayer)
             decision = None
             if pruning is not None and pruning.decides(number, after_attention=False):
-                decision, layout, gather = _choose(pruning, hidden, layout, None, enforce)
+                decision, layout, gather = _choose(pruning, hidden, layout, None, number, enforce)
                 hidden = gather(hidden)
             entering = layout.alive
             decides_inside = pruning is not None and pruning.decides(number, after_attention=True)
             context, received = layer.attend(hidden, layout, wants_received=decides_inside)
             if pruning is not None and decides_inside:
-                decision, layout, gather = _choose(pruning, hidden, layout, received, enforce)
+                decision, layout, gather = _choose(pruning, hidden, layout, received, number, enforce)
                 hidden, context = gather(hidden), gather(context)
             hidden = layer.finish(hidden, context)
+            if enforce and decision is not None and decision.gate is None and decision.soft is not None:
+                hidden = hidden * layout.take(decision.soft)[..., None]  # x_out = M̃·x (LTP, eq. 12)
             trace.layers.append(LayerTrace(keys=entering, queries=entering, outputs=layout.alive, decision=decision))
         return EncoderOutput(hidden, layout, trace)
 
@@ -199,10 +201,10 @@ class PrunedEncoder(nn.Module):
 
 
 def _choose(
-    pruning: PruningRule, hidden: Tensor, layout: Layout, received: Tensor | None, enforce: bool
+    pruning: PruningRule, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int, enforce: bool
 ) -> tuple[Decision, Layout, Callable[[Tensor], Tensor]]:
     """Ask the pruning; return its decision, the layout of the survivors, and what reduces a tensor to them."""
-    decision = pruning.decide(hidden, layout, received)
+    decision = pruning.decide(hidden, layout, received, layer)
     if not enforce:
         return decision, layout, lambda tensor: tensor
     return decision, *layout.keep(decision.keep, decision.gate)

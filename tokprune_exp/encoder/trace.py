@@ -11,13 +11,15 @@ from torch import Tensor
 class Decision:
     """What a pruning decided at one place: importances, the tokens to keep, and how the choice can be learned.
 
-    `gate` equals `keep` in value and carries gradients (straight-through); `ratio_logits` are an adaptive retainer's.
+    `gate` equals `keep` in value and carries gradients (straight-through). `ratio_logits` are an adaptive retainer's.
+    `soft` is a mask between 0 and 1: without a gate, the layer's output is multiplied by it (LTP, eq. 12).
     """
 
     importance: Float[Tensor, "batch tokens"]
     keep: Bool[Tensor, "batch tokens"]
     gate: Float[Tensor, "batch tokens"] | None = None
     ratio_logits: Float[Tensor, "batch ratios"] | None = None
+    soft: Float[Tensor, "batch tokens"] | None = None
 
 
 @dataclass

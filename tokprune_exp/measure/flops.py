@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokprune_exp.encoder.trace import PruningTrace
@@ -21,11 +21,11 @@ STTABT_CHUNK = 1024
 def layer_macs(
     dim: int,
     ff_dim: int,
-    keys: Int[Tensor, "*layers"],
-    queries: Int[Tensor, "*layers"],
-    outputs: Int[Tensor, "*layers"],
-) -> Int[Tensor, "*layers"]:
-    """Multiply-adds that one layer executes on |K| keys, |Q| queries and |O| outputs.
+    keys: Int[Tensor, "*layers"] | Float[Tensor, "*layers"],
+    queries: Int[Tensor, "*layers"] | Float[Tensor, "*layers"],
+    outputs: Int[Tensor, "*layers"] | Float[Tensor, "*layers"],
+) -> Int[Tensor, "*layers"] | Float[Tensor, "*layers"]:
+    """Multiply-adds that one layer executes on |K| keys, |Q| queries and |O| outputs (or on soft counts of them).
 
     2d²|K| (keys, values) + d²|Q| (queries) + 2d|Q||K| (scores, mixing) + d²|O| (output projection) + 2df|O|
     (feed-forward). Equal to fvcore's and torch's counts of the same forward.

@@ -32,15 +32,17 @@ from tokprune_exp.data.attributions import teacher_signals
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.losses import ADTPLoss
+from tokprune_exp.methods.budget import cost_share, meet_budget
 from tokprune_exp.methods.finetune import Finetune
-from tokprune_exp.methods.module import PruningModule, Stage, Terms
+from tokprune_exp.methods.module import Stage, Terms
+from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import ClassifierOutput, PrunedClassifier, without_dropout
-from tokprune_exp.pruning.pruning import Prescribed
-from tokprune_exp.pruning.retainers import AdaptiveRatio, Retainer
-from tokprune_exp.pruning.scorers import Scorer, TokenSaliency
+from tokprune_exp.pruning.pruning import Prescribed, Pruning
+from tokprune_exp.pruning.retainers import AdaptiveRatio, RatioRetainer, StaticRatio
+from tokprune_exp.pruning.scorers import TokenSaliency
 
 
-class ADTP(PruningModule):
+class ADTP(StudentModule):
     """Trains the student of AD-TP; its stages are teacher (unless one is given trained, or none) and student."""
 
     def __init__(
@@ -53,6 +55,7 @@ class ADTP(PruningModule):
         teacher: Finetune | None = None,
         teacher_is_trained: bool = False,
         initialises_student: bool = False,
+        budget: float | None = None,
         ratio_target: Literal["mass", "oracle", "gumbel"] = "mass",
         oracle_tolerance: float = 0.05,
         epochs: int = 3,
@@ -60,56 +63,74 @@ class ADTP(PruningModule):
         dense_fraction: float = 0.1,
         pruner_lr: float = 1e-3,
     ) -> None:
-        super().__init__(model, metrics, optimizer, epochs, warmup_fraction, pruner_lr)
+        super().__init__(
+            model,
+            metrics,
+            optimizer,
+            epochs,
+            warmup_fraction,
+            pruner_lr,
+            teacher,
+            teacher_is_trained,
+            initialises_student,
+            budget,
+        )
         if not 0 <= dense_fraction <= 1:
             raise ValueError(f"method.dense_fraction={dense_fraction} must lie between 0 and 1")
         if oracle_tolerance < 0:
             raise ValueError(f"method.oracle_tolerance={oracle_tolerance} must not be negative")
         if ratio_target not in ("mass", "oracle", "gumbel"):
             raise ValueError(f"method.ratio_target={ratio_target}: mass, oracle or gumbel")
-        if model.pruning is None or not model.pruning.retainer.prunes:
+        if model.pruning is None or not isinstance(model.pruning.retainer, RatioRetainer):
             raise ValueError("adtp needs a scorer and a retainer that prunes: adaptive, static or random")
         self.loss, self.attribution = loss, attribution
         self.ratio_target, self.oracle_tolerance, self.dense_fraction = ratio_target, oracle_tolerance, dense_fraction
-        # in a tuple, so that the teacher is neither trained nor checkpointed with the student
-        self.teachers = (teacher,) if teacher is not None else ()
-        self.teacher_is_trained, self.initialises_student = teacher_is_trained, initialises_student
         self.eta: float | None = None
         if isinstance(self.retainer, AdaptiveRatio):
             self.retainer.explores = ratio_target == "gumbel"
 
     @property
-    def scorer(self) -> Scorer:
-        """What gives the importance."""
-        assert self.model.pruning is not None
-        return self.model.pruning.scorer
-
-    @property
-    def retainer(self) -> Retainer:
-        """What chooses the tokens."""
-        assert self.model.pruning is not None
-        return self.model.pruning.retainer
-
-    @property
-    def dense(self) -> PrunedClassifier | None:
-        """The teacher."""
-        return self.teachers[0].model if self.teachers else None
+    def one_ratio(self) -> RatioRetainer:
+        """The retainer, which prunes once and by a share."""
+        assert isinstance(self.retainer, RatioRetainer)
+        return self.retainer
 
     def stages(self) -> list[Stage]:
         """First the teacher, then the student."""
-        teachers = [] if self.teacher_is_trained else [Stage("teacher", one, one.epochs) for one in self.teachers]
-        return [*teachers, Stage("student", self, self.epochs, before=self.prepare)]
+        return [*self.teacher_stages(), Stage("student", self, self.epochs, before=self.prepare)]
 
     def prepare(self, data: TaskData, device: torch.device) -> None:
-        """Start the student from the teacher if asked, and fix what the teacher says of the training set."""
+        """Start the student from the teacher if asked, and fix what is known before: the cost, the teacher's view."""
+        self.start_from_teacher()
+        self.model.to(device)
+        self.aim_at_share(data, device)
         if self.dense is None:
             return
-        if self.initialises_student:
-            self.model.start_from(self.dense)
         logits, attributions = teacher_signals(self.dense, data.train, self.attribution, data.cache, device)
         data.train.attach_teacher(logits, attributions)
         if isinstance(self.retainer, AdaptiveRatio) and self.ratio_target == "mass":
             self.eta = self.calibrated_eta(data)
+
+    def aim_at_share(self, data: TaskData, device: torch.device) -> None:
+        """Hold the cost at the budget; without one, hold an adaptive ratio's cost at that of the same ρ* for all texts.
+
+        With a budget ρ* follows from it: it is the ratio at which keeping the same share of every text costs as much.
+        """
+        learns_from_labels = isinstance(self.retainer, AdaptiveRatio) and self.ratio_target != "gumbel"
+        if self.budget is None and not learns_from_labels:
+            return
+        self.draw_calibration(data, device)
+        assert self.model.pruning is not None
+        shape, adaptive = self.model.encoder.shape, self.one_ratio
+        static = StaticRatio(shape.dim, shape.layers, adaptive.ratio, adaptive.layer, adaptive.keeps_separators)
+        same_for_all = PrunedClassifier(
+            self.model.encoder, self.model.head, Pruning(self.scorer, static), self.model.separator
+        ).to(device)
+        if self.budget is None:
+            self.target_share = cost_share(same_for_all, self.calibration)
+        else:
+            self.target_share = meet_budget(same_for_all, self.calibration, self.budget)
+            adaptive.ratio = float(static.knob)
 
     def calibrated_eta(self, data: TaskData) -> float:
         """Find η such that the mean pseudo-labelled ratio of the training set, by the teacher's view, is ρ*."""

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -32,6 +33,8 @@ class Stage:
     name: str
     module: "PruningModule"
     epochs: int
+    keeps: Literal["best", "last"] = "best"
+    """Which epoch's weights count: the best by the first metric on the selection slice, or the last."""
     before: Callable[[TaskData, torch.device], None] | None = None
     """Runs on the training device when the earlier stages have ended and before this one starts or resumes."""
 
@@ -62,6 +65,8 @@ class PruningModule(LightningModule):
         self.build_optimizer = optimizer
         self.epochs, self.warmup_fraction, self.pruner_lr = epochs, warmup_fraction, pruner_lr
         self.prefix = "train"
+        self.findings: dict[str, Any] = {}
+        """What a stage found out besides its weights, for result.json."""
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @abstractmethod

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision, PruningTrace
-from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, RandomRatio, Retainer, StaticRatio
+from tokprune_exp.pruning.retainers import (
+    AdaptiveRatio,
+    KeepAll,
+    LearnedThreshold,
+    ManualThreshold,
+    RandomRatio,
+    Retainer,
+    StaticRatio,
+    TopKSchedule,
+)
 from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, Scorer, TokenSaliency
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -21,6 +30,9 @@ RETAINERS: dict[str, type[Retainer]] = {
     "static": StaticRatio,
     "random": RandomRatio,
     "adaptive": AdaptiveRatio,
+    "learned_threshold": LearnedThreshold,
+    "manual_threshold": ManualThreshold,
+    "topk": TopKSchedule,
 }
 
 
@@ -36,7 +48,7 @@ class Prescribed:
         """Prune at the given place only."""
         return (layer, after_attention) == (self.layer, self.after_attention)
 
-    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None) -> Decision:
+    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int) -> Decision:
         """Keep what was prescribed."""
         return Decision(self.keep.float(), self.keep)
 
@@ -56,12 +68,16 @@ class Pruning(nn.Module):
         return self.retainer.prunes_at(layer) and self.scorer.reads_attention == after_attention
 
     def decide(
-        self, hidden: Float[Tensor, "*tokens dim"], layout: Layout, received: Float[Tensor, "batch grid"] | None
+        self,
+        hidden: Float[Tensor, "*tokens dim"],
+        layout: Layout,
+        received: Float[Tensor, "batch grid"] | None,
+        layer: int,
     ) -> Decision:
         """Score the alive tokens, then choose among them; in fp32, since bf16 would make ties."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, received = hidden.float(), None if received is None else received.float()
-            return self.retainer(self.scorer(hidden, layout, received), hidden, layout)
+            return self.retainer(self.scorer(hidden, layout, received), hidden, layout, layer)
 
     def macs(self, trace: PruningTrace) -> Int[Tensor, " batch"]:
         """Count the multiply-adds of scoring and choosing, per sequence: the overhead of pruning."""

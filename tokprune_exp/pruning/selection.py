@@ -17,7 +17,7 @@ def ranks(
     return torch.empty_like(order).scatter(1, order, places)
 
 
-def kept_count(ratio: Float[Tensor, " batch"] | float, eligible: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def kept_count(ratio: Float[Tensor, "..."] | float, eligible: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """Compute k = ⌈ρ·|V|⌉, at least 1 (AD-TP, docs/adtp.md 6); never more than |V|."""
     # a ratio is a decimal, in single precision perhaps (0.6 is 0.60000002): 0.3 · 10 must not become 4 tokens
     wanted = torch.ceil(ratio * eligible.double() * (1 - 1e-6)).long()
@@ -26,7 +26,7 @@ def kept_count(ratio: Float[Tensor, " batch"] | float, eligible: Int[Tensor, " b
 
 def keep_top(
     importance: Float[Tensor, "batch tokens"],
-    ratio: Float[Tensor, " batch"] | float,
+    ratio: Float[Tensor, "..."] | float,
     prunable: Bool[Tensor, "batch tokens"],
     protected: Bool[Tensor, "batch tokens"],
 ) -> Bool[Tensor, "batch tokens"]:

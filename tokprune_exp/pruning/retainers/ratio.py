@@ -1,70 +1,20 @@
-"""Retainers: importances → which tokens stay, hard (a boolean mask) and, to learn from, a straight-through gate.
+"""A share of the tokens stays, at one layer: the same for all, random, or adapted to the text (AD-TP).
 
-Every class takes the encoder's `dim` first; its other arguments are its keys in `conf/retainer`. `layer` is where it
-prunes, 0-based: with a scorer that reads hidden states before that layer (0: at the embeddings, AD-TP's place), with
-one that reads attention inside it.
+`layer` is where it prunes, 0-based: before that layer (0: at the embeddings, AD-TP's place), or inside it with a scorer
+that reads attention.
 """
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision
+from tokprune_exp.pruning.retainers.base import Retainer, prunable_and_protected
 from tokprune_exp.pruning.selection import keep_top, uniform_noise
-
-
-class Retainer(nn.Module, ABC):
-    """Keeps the most important tokens of each sequence at one layer."""
-
-    prunes: ClassVar[bool] = True
-
-    def __init__(self, layer: int = 0, keeps_separators: bool = False) -> None:
-        super().__init__()
-        if layer < 0:
-            raise ValueError(f"retainer.layer={layer} must be 0 or more")
-        self.layer, self.keeps_separators = layer, keeps_separators
-
-    def prunes_at(self, layer: int) -> bool:
-        """Whether tokens are dropped at this 0-based layer."""
-        return self.prunes and layer == self.layer
-
-    @abstractmethod
-    def forward(
-        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
-    ) -> Decision:
-        """Choose the tokens to keep; hidden states are those before pruning."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor arguments besides `dim`, to be stored beside the weights."""
-        return {"layer": self.layer, "keeps_separators": self.keeps_separators}
-
-    def macs_per_sequence(self) -> int:
-        """Count the multiply-adds that one sequence costs."""
-        return 0
-
-
-class KeepAll(Retainer):
-    """Keeps everything: the unpruned model."""
-
-    prunes = False
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-
-    def forward(
-        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
-    ) -> Decision:
-        """Keep what is alive."""
-        return Decision(importance, layout.alive)
-
-    def settings(self) -> dict[str, Any]:
-        """Return nothing: there is nothing to set."""
-        return {}
 
 
 class RatioRetainer(Retainer):
@@ -78,20 +28,40 @@ class RatioRetainer(Retainer):
     (straight-through, docs/adtp.md 6). Null: only losses on the importance itself teach the scorer.
     """
 
-    def __init__(self, ratio: float, layer: int, keeps_separators: bool, gate_temperature: float | None = None) -> None:
-        super().__init__(layer, keeps_separators)
+    knob_ends = (0.0, 1.0)
+    """The knob is ρ."""
+
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        ratio: float,
+        layer: int,
+        keeps_separators: bool,
+        gate_temperature: float | None = None,
+    ) -> None:
+        super().__init__(dim, layers, keeps_separators)
+        if layer < 0:
+            raise ValueError(f"retainer.layer={layer} must be 0 or more")
         if not 0 < ratio <= 1:
             raise ValueError(f"retainer.ratio={ratio} must be above 0 and at most 1")
         if gate_temperature is not None and gate_temperature <= 0:
             raise ValueError(f"retainer.gate_temperature={gate_temperature} must be above 0, or null for no gate")
-        self.ratio, self.gate_temperature = ratio, gate_temperature
+        self.ratio, self.layer, self.gate_temperature = ratio, layer, gate_temperature
+        self.has_knob(ratio)
+
+    def prunes_at(self, layer: int) -> bool:
+        """At the one layer."""
+        return layer == self.layer
 
     def keep(
-        self, importance: Float[Tensor, "batch grid"], ratio: Float[Tensor, " batch"] | float, layout: Layout
+        self,
+        importance: Float[Tensor, "batch grid"],
+        ratio: Float[Tensor, "..."] | float,
+        layout: Layout,
     ) -> Tensor:
-        """Return the keep mask for one ratio per sequence."""
-        prunable = layout.sequences.prunable & layout.alive
-        return keep_top(importance, ratio, prunable, layout.sequences.protected & layout.alive)
+        """Return the keep mask for one ratio, or for one per sequence."""
+        return keep_top(importance, ratio, *prunable_and_protected(layout))
 
     def gate(
         self, importance: Float[Tensor, "batch grid"], keep: Bool[Tensor, "batch grid"], layout: Layout
@@ -99,7 +69,7 @@ class RatioRetainer(Retainer):
         """Return the mask with the gradient of a sigmoid around the smallest kept importance; None if unused."""
         if self.gate_temperature is None or not self.training:
             return None
-        prunable = layout.sequences.prunable & layout.alive
+        prunable, _ = prunable_and_protected(layout)
         mean_square = importance.square().masked_fill(~prunable, 0.0).sum(1) / prunable.sum(1).clamp(min=1)
         scaled = importance / (mean_square[:, None] + 1e-12).sqrt()
         smallest_kept = scaled.masked_fill(~(keep & prunable), float("inf")).amin(1, keepdim=True).detach()
@@ -108,7 +78,12 @@ class RatioRetainer(Retainer):
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim`."""
-        return {"ratio": self.ratio, "gate_temperature": self.gate_temperature, **super().settings()}
+        return {
+            "ratio": self.ratio,
+            "layer": self.layer,
+            "gate_temperature": self.gate_temperature,
+            **super().settings(),
+        }
 
 
 class StaticRatio(RatioRetainer):
@@ -117,18 +92,19 @@ class StaticRatio(RatioRetainer):
     def __init__(
         self,
         dim: int,
+        layers: int,
         ratio: float = 0.3,
         layer: int = 0,
         keeps_separators: bool = False,
         gate_temperature: float | None = None,
     ) -> None:
-        super().__init__(ratio, layer, keeps_separators, gate_temperature)
+        super().__init__(dim, layers, ratio, layer, keeps_separators, gate_temperature)
 
     def forward(
-        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int
     ) -> Decision:
         """Keep the share ρ of each sequence."""
-        keep = self.keep(importance, self.ratio, layout)
+        keep = self.keep(importance, self.knob, layout)
         return Decision(importance, keep, self.gate(importance, keep, layout))
 
 
@@ -138,22 +114,23 @@ class RandomRatio(RatioRetainer):
     def __init__(
         self,
         dim: int,
+        layers: int,
         ratio: float = 0.3,
         layer: int = 0,
         seed: int = 0,
         keeps_separators: bool = False,
         gate_temperature: float | None = None,
     ) -> None:
-        super().__init__(ratio, layer, keeps_separators, gate_temperature)
+        super().__init__(dim, layers, ratio, layer, keeps_separators, gate_temperature)
         self.seed = seed
 
     def forward(
-        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int
     ) -> Decision:
-        """Draw ρ in [ratio − w, ratio + w], the widest range that fits into (0, 1]."""
-        half_width = min(self.ratio, 1 - self.ratio)
+        """Draw ρ in [mean − w, mean + w], the widest range that fits into (0, 1]."""
+        half_width = torch.minimum(self.knob, 1 - self.knob)
         noise = uniform_noise(layout.sequences.fingerprint, 1, self.seed)[:, 0]
-        keep = self.keep(importance, self.ratio + (2 * noise - 1) * half_width, layout)
+        keep = self.keep(importance, self.knob + (2 * noise - 1) * half_width, layout)
         return Decision(importance, keep, self.gate(importance, keep, layout))
 
     def settings(self) -> dict[str, Any]:
@@ -170,11 +147,17 @@ class AdaptiveRatio(RatioRetainer):
 
     In training, `explores` makes the ratio a Gumbel sample with a straight-through gate instead of the argmax, so that
     the task loss can teach W (docs/adtp.md 5).
+
+    An argmax need not average as its labels did, so the knob is a tilt t: ρ = r_c at c = argmax (logits_c + t·r_c). It
+    is set after training such that the mean cost is the one asked for, and leaves to the logits who gets more.
     """
+
+    knob_ends = (-100.0, 100.0)
 
     def __init__(
         self,
         dim: int,
+        layers: int,
         ratio: float = 0.3,
         candidates: int = 10,
         summary: Literal["mean", "cls", "cls_mean"] = "mean",
@@ -182,7 +165,7 @@ class AdaptiveRatio(RatioRetainer):
         keeps_separators: bool = False,
         gate_temperature: float | None = None,
     ) -> None:
-        super().__init__(ratio, layer, keeps_separators, gate_temperature)
+        super().__init__(dim, layers, ratio, layer, keeps_separators, gate_temperature)
         if summary not in ("mean", "cls", "cls_mean"):
             raise ValueError(f"retainer.summary={summary}: mean, cls or cls_mean")
         if summary == "cls" and layer == 0:
@@ -194,6 +177,7 @@ class AdaptiveRatio(RatioRetainer):
             raise ValueError(f"retainer.candidates={candidates} must be at least 2")
         self.dim, self.candidates, self.summary = dim, candidates, summary
         self.classifier = nn.Linear(dim * (2 if summary == "cls_mean" else 1), candidates)
+        self.has_knob(0.0)
         self.explores = False
         self.gumbel_temperature = 1.0
 
@@ -202,8 +186,12 @@ class AdaptiveRatio(RatioRetainer):
         """The candidate list r_c = c/C."""
         return torch.arange(1, self.candidates + 1, device=self.classifier.weight.device) / self.candidates
 
+    def choice(self, logits: Float[Tensor, "batch ratios"]) -> Int[Tensor, " batch"]:
+        """Return the index of each sequence's ratio."""
+        return (logits + self.knob.to(logits.dtype) * self.ratios).argmax(-1)
+
     def forward(
-        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout
+        self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int
     ) -> Decision:
         """Predict ρ per sequence and keep that share."""
         parts = []
@@ -213,7 +201,8 @@ class AdaptiveRatio(RatioRetainer):
             parts.append(layout.mean(hidden))
         logits = self.classifier(torch.cat(parts, dim=-1)).float()
         if not (self.explores and self.training):
-            keep = self.keep(importance, self.ratios[logits.argmax(-1)], layout)
+            ratio = self.ratios[self.choice(logits)]
+            keep = self.keep(importance, ratio, layout)
             return Decision(importance, keep, self.gate(importance, keep, layout), logits)
         # gate_i = Σ_c w_c · 1[i is among the top ⌈r_c |V|⌉], w one-hot in value, soft in gradient
         weights = F.gumbel_softmax(logits, tau=self.gumbel_temperature, hard=True)

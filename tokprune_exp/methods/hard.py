@@ -1,0 +1,65 @@
+"""Training under pruning that is in force and not learned: the base of the manual baselines and of LTP's last stage."""
+
+from collections.abc import Callable
+
+import torch
+from torch.optim import Optimizer
+
+from tokprune_exp.data.batch import Batch
+from tokprune_exp.data.module import TaskData
+from tokprune_exp.losses import task_loss
+from tokprune_exp.methods.finetune import Finetune
+from tokprune_exp.methods.module import Stage, Terms
+from tokprune_exp.methods.student import StudentModule
+from tokprune_exp.model import PrunedClassifier
+
+
+class HardPruning(StudentModule):
+    """L = L_CE on the pruned pass, from the weights of the dense model; `budget` holds the cost."""
+
+    def __init__(
+        self,
+        model: PrunedClassifier,
+        metrics: list[str],
+        optimizer: Callable[..., Optimizer],
+        teacher: Finetune | None = None,
+        teacher_is_trained: bool = False,
+        initialises_student: bool = False,
+        budget: float | None = None,
+        epochs: int = 3,
+        warmup_fraction: float = 0.1,
+        pruner_lr: float | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            metrics,
+            optimizer,
+            epochs,
+            warmup_fraction,
+            pruner_lr,
+            teacher,
+            teacher_is_trained,
+            initialises_student,
+            budget,
+        )
+
+    def stages(self) -> list[Stage]:
+        """First the dense model, then the training under pruning."""
+        return [*self.teacher_stages(), Stage("hard", self, self.epochs, before=self.prune_hard)]
+
+    def prune_hard(self, data: TaskData, device: torch.device) -> None:
+        """Start from the dense model, at the budget."""
+        self.start_from_teacher()
+        self.aim_at_budget(data, device)
+
+    def aim_at_budget(self, data: TaskData, device: torch.device) -> None:
+        """From now on hold the cost at the budget, if one is asked for."""
+        if self.budget is not None:
+            self.draw_calibration(data, device)
+            self.target_share = self.budget
+
+    def terms(self, batch: Batch) -> Terms:
+        """Compute the task loss of the pruned pass."""
+        output = self.model(batch)
+        loss = task_loss(output.logits.float(), batch.labels).mean()
+        return Terms(loss, {"cross_entropy": loss, "retention": output.trace.retention.mean()})
