@@ -167,6 +167,7 @@ def data_settings(
             "selection_examples": 20,
             "max_train_examples": None,
             "max_evaluation_examples": None,
+            "train_shorter_than": None,
             "cut_missing_split": False,
             "tokenizer": tiny_tokenizer,
             "seed": 0,

@@ -143,6 +143,13 @@ def test_all_problems_are_told_at_once():
         (["+method=adtp", "+retainer.dim=5"], "retainer.dim: the run sets this itself"),
         (["+method=adtp", "epochs=0"], "epochs=0: must be at least 1"),
         (["+method=adtp", "measure.latency_batch_sizes=[0]"], "measure.latency_batch_sizes=[0]: must be at least 1"),
+        (
+            ["+method=adtp", "data.train_shorter_than=1.0"],
+            "data.train_shorter_than=1.0: must be a quantile above 0 and below 1 (0.5: the median)",
+        ),
+        (["+method=adtp", "data.train_shorter_than=0"], "data.train_shorter_than=0.0: must be a quantile"),
+        (["+method=adtp", "data.train_shorter_than=-0.5"], "data.train_shorter_than=-0.5: must be a quantile"),
+        (["+method=adtp", "data.train_shorter_than=nan"], "data.train_shorter_than=nan: must be a quantile"),
         (["+method=adtp", "trainer.precision=fp16"], "trainer.precision=fp16: choose from auto, "),
         (["+method=adtp", "trainer.devices=2"], "trainer.devices=2: a run trains on one device"),
         (
@@ -185,6 +192,25 @@ def test_the_folder_changes_with_the_result_and_with_nothing_else():
     assert name() == name()
     assert name() == name("run_dir=x", "overwrite=true", "logger=wandb", "tags=[a]", "data.cache=c")
     assert len({name(), name("seed=1"), name("optimizer.lr=1e-4"), name("retainer.ratio=0.5"), name("epochs=1")}) == 5
+
+
+def test_training_on_short_texts_is_another_run_and_no_mistake():
+    short = ["+method=adtp", "data.train_shorter_than=0.5"]
+    assert problems(*short) == []
+    hashes = {config_hash(composed(*arguments)) for arguments in (short, short[:1], [*short[:1], f"{short[1]}1"])}
+    assert len(hashes) == 3
+
+
+def test_the_sweep_over_lengths_varies_nothing_but_the_method_and_the_seed():
+    ltp, topk = (composed("+sweep=ltp_lengths", f"method={method}") for method in ("ltp", "manual_topk"))
+    assert (ltp.method._target_, topk.method._target_) == (
+        "tokprune_exp.methods.ltp.LTP",
+        "tokprune_exp.methods.manual_topk.ManualTopK",
+    )
+    assert (topk.retainer._target_.rpartition(".")[2], topk.loss) == ("TopKSchedule", None)
+    for cfg in (ltp, topk):
+        assert (cfg.budget, cfg.data.train_shorter_than, cfg.teacher.path) == (0.55, 0.5, None)
+    assert ltp.data == topk.data
 
 
 def test_the_folder_is_named_after_the_run_or_as_the_user_says():

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import lightning.pytorch as lightning
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -21,8 +22,10 @@ import yaml
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
+from tokprune_exp.attribution import Attribution
 from tokprune_exp.data import assets, tokenise
 from tokprune_exp.data.assets import Asset, asset_directory, file_sha256
+from tokprune_exp.data.attributions import teacher_signals
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.batches import length_grouped_batches, sorted_batches
 from tokprune_exp.data.module import TaskData
@@ -31,6 +34,7 @@ from tokprune_exp.data.task import HubSource, Task
 from tokprune_exp.data.tokenise import UNKNOWN_LABEL, EncodedSplit, encode_texts
 from tokprune_exp.encoder.pretrained import load_tokenizer
 from tokprune_exp.errors import DataUnavailableError, UserError
+from tokprune_exp.model import PrunedClassifier
 
 Settings = Callable[..., SimpleNamespace]
 TASK_FILES = sorted((Path(__file__).resolve().parent.parent / "conf" / "task").glob("*.yaml"))
@@ -482,6 +486,23 @@ def test_the_fingerprint_changes_with_texts_labels_length_and_vocabulary(
     assert encode_texts(tiny_tokenizer, texts, 16, labels).fingerprint in prints
 
 
+def test_a_part_of_a_split_holds_the_same_examples_under_a_fingerprint_of_its_own(
+    tiny_tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    whole = encode_texts(tiny_tokenizer, texts, 16, torch.tensor([1, 0, 0, 1]))
+    whole.attach_teacher(torch.arange(8.0).view(4, 2), torch.arange(float(len(whole.input_ids))))
+    part = whole.where(torch.tensor([True, False, True, True]))
+    assert part.texts == [texts[0], texts[2], texts[3]]
+    assert part.lengths.tolist() == whole.lengths[[0, 2, 3]].tolist()
+    ours, theirs = part.collate([0, 1, 2]), whole.collate([0, 2, 3])
+    for field in fields(Batch):
+        if field.name != "index":
+            assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+    others = [whole.where(torch.tensor(keep)) for keep in ([True, True, True, False], [False, False, True, True])]
+    assert len({one.fingerprint for one in (whole, part, *others)}) == 4
+    assert whole.where(torch.tensor([True, False, True, True])).fingerprint == part.fingerprint
+
+
 # Batches
 
 
@@ -562,6 +583,86 @@ def test_evaluation_begins_with_the_longest() -> None:
 def test_labels_are_class_indices_or_scores(tiny_task: Task, data_settings: Settings) -> None:
     assert TaskData(tiny_task, data_settings()).train.labels.dtype == torch.int64
     assert TaskData(replace(tiny_task, labels=[]), data_settings()).train.labels.dtype == torch.float32
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.25, 0.5, 0.9])
+def test_training_and_selection_keep_what_is_shorter_than_a_quantile_of_the_training_lengths(
+    quantile: float, tiny_task: Task, data_settings: Settings
+) -> None:
+    every = TaskData(tiny_task, data_settings())
+    short = TaskData(tiny_task, data_settings(train_shorter_than=quantile))
+    limit = np.quantile(every.train.lengths.numpy(), quantile)
+    for role in ("train", "selection"):
+        whole, part = getattr(every, role), getattr(short, role)
+        kept = [row for row, length in enumerate(whole.lengths.tolist()) if length < limit]
+        assert 0 < len(kept) < len(whole)
+        assert part.texts == [whole.texts[row] for row in kept]
+        assert part.labels.tolist() == whole.labels[kept].tolist()
+        for row, place in enumerate(kept):
+            assert torch.equal(part.collate([row]).input_ids, whole.collate([place]).input_ids)
+        assert part.fingerprint != whole.fingerprint
+    assert short.evaluation.fingerprint == every.evaluation.fingerprint
+    assert short.evaluation.lengths.max() > short.train.lengths.max()
+
+
+def test_the_record_says_how_many_rows_are_short_enough_and_how_short(
+    tiny_task: Task, data_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    every = TaskData(tiny_task, data_settings())
+    with caplog.at_level(logging.INFO, logger="tokprune_exp"):
+        short = TaskData(tiny_task, data_settings(train_shorter_than=0.5))
+    limit = short.source["train"]["tokens_below"]
+    assert limit == int(short.train.lengths.max()) + 1 == int(every.train.lengths.double().median())
+    for role, split in (("train", every.train), ("selection", every.selection)):
+        used = int((split.lengths < limit).sum())
+        expected = {"rows_used": used, "rows_of_any_length": len(split), "tokens_below": limit}
+        assert short.source[role] == {**every.source[role], **expected}
+    seen = {*short.train.texts, *short.selection.texts}
+    known = sum(text in seen for text in short.evaluation.texts)
+    assert 0 < known == short.source["evaluation_texts_also_in_train"] < every.source["evaluation_texts_also_in_train"]
+    assert short.source["evaluation"] == every.source["evaluation"]
+    assert f"data.train_shorter_than=0.5: fewer than {limit} tokens: {len(short.train)} of 220 " in caplog.text
+
+
+def test_the_teachers_signals_for_short_texts_are_not_taken_from_those_for_all(
+    tiny_task: Task, data_settings: Settings, random_classifier: Callable[..., PrunedClassifier], tmp_path: Path
+) -> None:
+    teacher = random_classifier(outputs=2)
+    settings = Attribution(steps=1, top_k=None, baseline="pad")
+    for quantile in (None, 0.5, 0.25):
+        split = TaskData(tiny_task, data_settings(train_shorter_than=quantile, max_train_examples=60)).train
+        logits, attribution = teacher_signals(teacher, split, settings, tmp_path / "signals")
+        assert (len(logits), len(attribution)) == (len(split), len(split.input_ids))
+    assert len(list((tmp_path / "signals").rglob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("quantile", [0.001, 0.05])
+def test_a_quantile_that_leaves_no_example_is_refused_in_one_sentence(
+    quantile: float, tiny_task: Task, data_settings: Settings
+) -> None:
+    with pytest.raises(UserError) as raised:
+        TaskData(tiny_task, data_settings(train_shorter_than=quantile, selection_examples=1, max_train_examples=30))
+    message = str(raised.value)
+    assert message.startswith(f"data.train_shorter_than={quantile} keeps the examples with fewer than ")
+    assert " of 30 for training and 0 of 1 to select by: raise it" in message
+    assert "\n" not in message
+
+
+def test_texts_of_one_length_are_none_of_them_shorter(tiny_task: Task, data_settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    for split in ("train", "validation"):
+        pd.DataFrame({"sentence": ["a film"] * 40, "label": [0, 1] * 20}).to_parquet(
+            tmp_path / "tiny" / f"{split}.parquet"
+        )
+    with pytest.raises(UserError, match="fewer than 4 tokens, and these are 0 of 36 for training and 0 of 4 to"):
+        TaskData(tiny_task, data_settings(root=str(tmp_path), train_shorter_than=0.5))
+
+
+def test_calibration_texts_are_drawn_from_the_short_ones(tiny_task: Task, data_settings: Settings) -> None:
+    data = TaskData(tiny_task, data_settings(train_shorter_than=0.25))
+    rows = data.rows_as_long_as_evaluation(30)
+    assert len(rows) == len(set(rows.tolist())) == 30
+    assert rows.min() >= 0 and rows.max() < len(data.train)
 
 
 def test_raw_texts_stay_beside_their_tokens(

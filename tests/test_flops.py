@@ -153,6 +153,26 @@ def test_the_report_does_not_depend_on_how_the_split_was_batched() -> None:
         assert whole.summary(6)[name] == pytest.approx(value), name
 
 
+def test_the_report_of_some_examples_is_that_of_a_split_that_holds_no_others() -> None:
+    lengths, kept = [8, 4, 6, 5, 4], [[4, 4, 1, 2, 3], [2, 1, 1, 1, 3]]
+    whole, alone = FlopsReport(16, 64), FlopsReport(16, 64)
+    for rows in ([4, 2], [0], [3, 1]):
+        part = trace_of([lengths[row] for row in rows], [[layer[row] for row in rows] for layer in kept])
+        whole.update(part, pruner_macs=10 * torch.tensor(rows), head_macs=7, index=torch.tensor(rows))
+    assert whole.lengths.tolist() == lengths
+    rows = [1, 2, 4]
+    alone.update(
+        trace_of([lengths[row] for row in rows], [[layer[row] for row in rows] for layer in kept]),
+        pruner_macs=10 * torch.tensor(rows),
+        head_macs=7,
+    )
+    some = whole.where(torch.tensor([False, True, True, False, True]))
+    assert some.lengths.tolist() == [4, 6, 4]
+    for name, value in alone.summary(6).items():
+        assert some.summary(6)[name] == pytest.approx(value), name
+    assert whole.summary(6)["examples"] == 5
+
+
 def test_the_retention_of_sttabt_is_inflated_by_pads_as_published() -> None:
     """SST-2, BERT: 41.6 % reported is 98 % of the real tokens (reference/methods.md, A2.8)."""
     tokens, valid_share, layers = 55, 0.4575, 12
@@ -177,6 +197,8 @@ def test_an_empty_report_and_an_empty_trace_are_refused() -> None:
     report = FlopsReport(16, 64)
     with pytest.raises(ValueError, match="no batch was counted"):
         report.summary(128)
+    with pytest.raises(ValueError, match="no batch was counted"):
+        _ = report.lengths
     with pytest.raises(ValueError, match="holds no layer"):
         report.update(PruningTrace(valid=first([3], 3)))
 

@@ -193,7 +193,7 @@ def test_starting_from_a_teacher_copies_its_first_layers_and_its_head(
 def test_starting_from_a_teacher_of_other_sizes_is_a_user_error(
     sizes: dict[str, int], random_classifier: Build
 ) -> None:
-    with pytest.raises(UserError, match=r"teacher\.initialises_student=true needs a teacher of the student's sizes"):
+    with pytest.raises(UserError, match=r"teacher\.initialises_student=true needs a model of the student's sizes"):
         random_classifier(**sizes).start_from(random_classifier())
 
 

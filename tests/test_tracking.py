@@ -47,6 +47,36 @@ RESULT: dict[str, Any] = {
     "task": "sst2",
     "backbone": "minilm_l6",
     "metrics": {"dense": {"accuracy": 0.92}, "unpruned": {"accuracy": 0.91}, "pruned": {"accuracy": 0.9}},
+    "by_length": {
+        "dense": [
+            {
+                "shortest": 4,
+                "longest": 9,
+                "examples": 2,
+                "metrics": {"accuracy": 1.0, "matthews": None},
+                "gflops_per_example": 0.5,
+                "reduction_unpadded": 1.0,
+            }
+        ],
+        "pruned": [
+            {
+                "shortest": 4,
+                "longest": 9,
+                "examples": 2,
+                "metrics": {"accuracy": 0.5, "matthews": float("nan")},
+                "gflops_per_example": 0.25,
+                "reduction_unpadded": 2.0,
+            },
+            {
+                "shortest": 10,
+                "longest": 30,
+                "examples": 2,
+                "metrics": {"accuracy": 0.75, "matthews": 0.25},
+                "gflops_per_example": 1.5,
+                "reduction_unpadded": 2.5,
+            },
+        ],
+    },
     "flops": {
         "gflops_per_example": 1.0,
         "gflops_dense": 2.0,
@@ -83,6 +113,23 @@ def test_the_record_is_running_inside_and_completed_after(tmp_path: Path) -> Non
     assert result["versions"]["torch"] == torch.__version__
     assert result["hardware"]["cpu"]
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_the_quartiles_of_the_lengths_stand_in_the_record_and_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    with a_record(tmp_path) as record:
+        assert written(tmp_path)["by_length"] == {}
+        record.update(by_length=RESULT["by_length"])
+        record.update(by_length={"dense": []})
+    result = written(tmp_path)["by_length"]
+    assert result["dense"] == []
+    assert [row["metrics"]["matthews"] for row in result["pruned"]] == [None, 0.25]
+
+
+def test_a_run_that_failed_before_it_was_measured_is_logged_without_tables(quiet_wandb: Path) -> None:
+    loggers = loggers_for(Settings(wandb=True), quiet_wandb)
+    log_result(loggers, a_record(quiet_wandb).result)
+    close(loggers, failed=True)
+    assert not list(quiet_wandb.rglob("media/table/*"))
 
 
 @pytest.mark.parametrize(
@@ -209,6 +256,17 @@ def test_an_offline_wandb_run_holds_configuration_curves_and_result(quiet_wandb:
     assert summary["status"] == "completed"
     (table,) = quiet_wandb.rglob("media/table/layers_*.json")
     assert json.loads(table.read_text())["data"] == [[1, 0.75, 15.0], [2, 0.25, 5.0]]
+    (table,) = quiet_wandb.rglob("media/table/by_length_*.json")
+    quartiles = json.loads(table.read_text())
+    assert quartiles["columns"] == [
+        *("model", "shortest", "longest", "examples", "metrics/accuracy", "metrics/matthews"),
+        *("gflops_per_example", "reduction_unpadded"),
+    ]
+    assert quartiles["data"] == [
+        ["dense", 4, 9, 2, 1.0, None, 0.5, 1.0],
+        ["pruned", 4, 9, 2, 0.5, None, 0.25, 2.0],
+        ["pruned", 10, 30, 2, 0.75, 0.25, 1.5, 2.5],
+    ]
     assert records[-1].exit.exit_code == 0
 
 

@@ -74,7 +74,13 @@ def build_model(cfg: DictConfig, backbone: LoadedBackbone, task: Task, with_prun
     pruning = None
     if with_pruning and cfg.scorer is not None and cfg.retainer is not None:
         pruning = Pruning(instantiate(cfg.scorer)(shape.dim), instantiate(cfg.retainer)(shape.dim, shape.layers))
-    return PrunedClassifier(backbone.encoder, head, pruning, backbone.tokenizer.sep_token_id)
+    model = PrunedClassifier(backbone.encoder, head, pruning, backbone.tokenizer.sep_token_id)
+    if with_pruning and cfg.start_from is not None:  # the model of the run, not its teacher
+        trained, card = load_model(Path(cfg.start_from))
+        if card.task != task.name:
+            raise UserError(f"start_from={cfg.start_from} was trained on {card.task}, not on {task.name}")
+        model.start_from(trained, "start_from")
+    return model
 
 
 def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> PruningModule:

@@ -83,6 +83,9 @@ class DataConfig:
     """Cut from the training split to choose the best epoch on, so that nothing is selected on the reported split."""
     max_train_examples: int | None = None
     max_evaluation_examples: int | None = None
+    train_shorter_than: float | None = None
+    """A quantile in (0, 1); 0.5: the median. Training keeps the examples with fewer tokens than this quantile of the
+    training examples read, the selection slice those with as few, so that no longer text plays a part; null: all."""
     cut_missing_split: bool = False
     """Whether a split that the source does not have may be cut from another one (results are then not comparable)."""
 
@@ -144,6 +147,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    start_from: str | None = None
+    """A model directory trained before, whose encoder and head training starts from; null: the backbone's weights."""
     budget: float | None = None
     """Share of the unpruned FLOPs, unpadded, that the pruned model is to cost; null: what the method's keys give."""
     epochs: int | None = None
@@ -206,10 +211,10 @@ def config_hash(cfg: DictConfig) -> str:
     for key in ("run_dir", "overwrite", "logger", "tags"):
         values.pop(key, None)
     values["data"].pop("cache", None)
-    if values.get("teacher") and values["teacher"]["path"]:  # a teacher is its weights, not its place
-        weights = Path(values["teacher"]["path"]) / "model.safetensors"
-        if weights.is_file():
-            values["teacher"]["path"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for node, key in ((values, "start_from"), (values.get("teacher") or {}, "path")):
+        weights = Path(node.get(key) or "") / "model.safetensors"  # a model is its weights, not its place
+        if node.get(key) and weights.is_file():
+            node[key] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -367,6 +372,9 @@ def _out_of_bounds(cfg: DictConfig) -> Iterator[str]:
         numbers = list(value) if isinstance(value, ListConfig) else [value]
         if any(isinstance(number, int) and number < 1 for number in numbers):
             yield f"{key}={value}: must be at least 1"
+    quantile = chosen("data.train_shorter_than")
+    if isinstance(quantile, int | float) and not 0 < quantile < 1:
+        yield f"data.train_shorter_than={quantile}: must be a quantile above 0 and below 1 (0.5: the median)"
     if chosen("trainer.precision") not in (None, *PRECISIONS):
         yield f"trainer.precision={chosen('trainer.precision')}: choose from {', '.join(PRECISIONS)}"
     if chosen("trainer.devices") not in (None, 1, "1"):
@@ -529,6 +537,10 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             and any(of(f"teacher.backbone.{key}") != of(f"backbone.{key}") for key in ("name", "random"))
         ),
         "the student cannot start from a teacher with another backbone: set teacher.initialises_student=false",
+    ),
+    (
+        lambda of: of("start_from") is not None and bool(of("teacher.initialises_student")),
+        "a model starts from its teacher or from start_from: set teacher.initialises_student=false",
     ),
     (
         lambda of: of("data.source") not in (None, *SOURCES),

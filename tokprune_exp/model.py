@@ -114,20 +114,20 @@ class PrunedClassifier(nn.Module):
         # the path ends at the input itself, so its last logits are the model's answer
         return normalise_over_sequence(token_magnitude(gradients, top_k), batch.valid), seen[-1]
 
-    def start_from(self, teacher: "PrunedClassifier") -> None:
-        """Copy the weights of a teacher of the same width: its first layers, its head.
+    def start_from(self, trained: "PrunedClassifier", key: str = "teacher.initialises_student=true") -> None:
+        """Copy the weights of a trained model of the same width: its first layers, its head.
 
         Raises:
-            UserError: the teacher's sizes do not fit (config key teacher.initialises_student).
+            UserError: its sizes do not fit; `key` is the configuration's key that asked for it.
         """
-        ours, theirs = self.encoder.shape, teacher.encoder.shape
+        ours, theirs = self.encoder.shape, trained.encoder.shape
         if replace(theirs, layers=ours.layers, dropout=ours.dropout) != ours or theirs.layers < ours.layers:
             raise UserError(
-                f"teacher.initialises_student=true needs a teacher of the student's sizes and at least its layers: "
-                f"the teacher is {theirs}, the student {ours}"
+                f"{key} needs a model of the student's sizes, with at least its layers: "
+                f"it is {theirs}, the student {ours}"
             )
-        self.encoder.load_state_dict(teacher.encoder.first_layers(ours.layers).state_dict())
-        self.head.load_state_dict(teacher.head.state_dict())
+        self.encoder.load_state_dict(trained.encoder.first_layers(ours.layers).state_dict())
+        self.head.load_state_dict(trained.head.state_dict())
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class RunRecord:
         status reason method task backbone seed overrides config_hash
         started finished wall_seconds {total, stages {<stage>}}
         metrics {dense, unpruned, pruned} of {<metric>}
+        by_length {dense, pruned} of [a row per quartile of the lengths: evaluation.quartiles]
         flops {FlopsReport.summary}   latency [compare_latency rows]   saliency {spearman, mse}   data {…}
         findings {what a stage found out; ltp: binarisation {soft, hard} of {<metric>, cost_share}}
         versions {python, <package>}   hardware {cpu, threads, gpu}
@@ -78,6 +79,7 @@ class RunRecord:
             "finished": None,
             "wall_seconds": {"total": 0.0, "stages": {}},
             "metrics": {},
+            "by_length": {},
             "flops": {},
             "latency": [],
             "saliency": {},
@@ -249,7 +251,8 @@ def make_loggers(
 def log_result(loggers: Iterable[Logger], result: Mapping[str, Any]) -> None:
     """Write a record into the W&B run: every number into its summary under `metrics/pruned/accuracy` and the like.
 
-    Retention and tokens per layer become a table, latency rows `latency/batch_8/speedup`.
+    Retention and tokens per layer become a table, as do the quartiles of the lengths; latency rows
+    `latency/batch_8/speedup`.
     """
     safe = json_safe(result)
     by_size = {f"batch_{row['batch_size']}": row for row in safe["latency"]}
@@ -264,6 +267,10 @@ def log_result(loggers: Iterable[Logger], result: Mapping[str, Any]) -> None:
                 per_layer = zip(safe["flops"]["retention_per_layer"], safe["flops"]["tokens_per_layer"], strict=True)
                 rows = [[layer, *values] for layer, values in enumerate(per_layer, start=1)]
                 logger.experiment.log({"layers": wandb.Table(columns=["layer", "retention", "tokens"], data=rows)})
+            if safe["by_length"]:
+                quartiles = _quartile_rows(safe["by_length"])
+                table = wandb.Table(columns=list(quartiles[0]), data=[list(row.values()) for row in quartiles])
+                logger.experiment.log({"by_length": table})
 
 
 def close(loggers: Iterable[Logger], failed: bool = False) -> None:
@@ -317,6 +324,11 @@ def _flat_numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat_numbers(each, f"{prefix}/{key}" if prefix else key)
     elif not isinstance(value, list):
         yield prefix, value
+
+
+def _quartile_rows(by_length: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The quartiles of all models as rows of one table: the model, then every figure in a column of its own."""
+    return [{"model": model, **dict(_flat_numbers(row))} for model, rows in by_length.items() for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ def settings(arguments: argparse.Namespace) -> SimpleNamespace:
         selection_examples=1000,
         max_train_examples=arguments.limit,
         max_evaluation_examples=arguments.limit,
+        train_shorter_than=None,
         cut_missing_split=False,
         tokenizer=arguments.weights,
         seed=arguments.seed,

@@ -1,5 +1,6 @@
 """All the data of one run: three encoded splits and the batches that Lightning asks for."""
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tokprune_exp.data.batches import BatchLoader, length_grouped_batches, sorted_batches
-from tokprune_exp.data.sources import SourceSettings, load_source, texts_of
+from tokprune_exp.data.sources import SourceSettings, count_known, load_source, texts_of
 from tokprune_exp.data.task import Task
 from tokprune_exp.data.tokenise import EncodedSplit, encode_texts
 from tokprune_exp.encoder.pretrained import load_tokenizer
+from tokprune_exp.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -23,6 +27,7 @@ class DataSettings(SourceSettings, Protocol):
 
     batch_size: int
     evaluation_batch_size: int
+    train_shorter_than: float | None
     tokenizer: str | Path | PreTrainedTokenizerBase
     seed: int
 
@@ -33,8 +38,12 @@ class TaskData(LightningDataModule):
     `source` records where they came from, for result.json. Training batches differ from epoch to epoch if the Trainer
     runs with `reload_dataloaders_every_n_epochs=1`.
 
+    With `train_shorter_than` training and selection hold short texts only, see `_keep_shorter_than`; the evaluation
+    split stays whole.
+
     Raises:
         DataUnavailableError: a file is not there; the message names where it was looked for and how to get it.
+        UserError: `train_shorter_than` leaves no example.
     """
 
     def __init__(self, task: Task, settings: DataSettings) -> None:
@@ -48,11 +57,36 @@ class TaskData(LightningDataModule):
         self.train = self._encode(rows.train)
         self.selection = self._encode(rows.selection)
         self.evaluation = self._encode(rows.evaluation)
+        if settings.train_shorter_than is not None:
+            self._keep_shorter_than(settings.train_shorter_than)
 
     def _encode(self, rows: Dataset) -> EncodedSplit:
         labels = torch.tensor(rows[self.task.label][:], dtype=torch.float32 if self.task.is_regression else torch.int64)
         cache = self.cache / "tokenised"
         return encode_texts(self.tokenizer, texts_of(rows, self.task), self.task.max_tokens, labels, cache)
+
+    def _keep_shorter_than(self, quantile: float) -> None:
+        """Keep the training examples with fewer tokens than this quantile of the lengths of all of them.
+
+        The selection slice is cut from the training split and stands in for it, so it is held to the same number of
+        tokens: else the epoch would be chosen by lengths that training was not to see.
+        """
+        # of lengths, which are whole numbers, "higher" leaves the same ones below it as interpolation does
+        limit = int(self.train.lengths.double().quantile(quantile, interpolation="higher"))
+        train, selection = (split.where(split.lengths < limit) for split in (self.train, self.selection))
+        found = (
+            f"{len(train)} of {len(self.train)} for training and {len(selection)} of {len(self.selection)} to select by"
+        )
+        if not (len(train) and len(selection)):
+            raise UserError(
+                f"data.train_shorter_than={quantile} keeps the examples with fewer than {limit} tokens, and these are "
+                f"{found}: raise it, or read more examples (data.max_train_examples, data.selection_examples)"
+            )
+        log.info("data.train_shorter_than=%s: fewer than %d tokens: %s", quantile, limit, found)
+        for role, before, after in (("train", self.train, train), ("selection", self.selection, selection)):
+            self.source[role] |= {"rows_used": len(after), "rows_of_any_length": len(before), "tokens_below": limit}
+        self.source["evaluation_texts_also_in_train"] = count_known(self.evaluation.texts, train.texts, selection.texts)
+        self.train, self.selection = train, selection
 
     @property
     def cache(self) -> Path:

@@ -3,8 +3,9 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,7 +96,6 @@ def load_source(task: Task, settings: SourceSettings) -> Source:
                 f"data.{key}={getattr(settings, key)}; "
                 f"the selection slice is at most {SELECTION_SHARE:.0%} of them and at least one"
             )
-    known = {*texts_of(train_rows, task), *texts_of(selection_rows, task)}
     description = {
         "kind": kind,
         "train": describe(train, train_rows),
@@ -103,7 +103,9 @@ def load_source(task: Task, settings: SourceSettings) -> Source:
         "evaluation": describe(evaluation, evaluation_rows),
         "cut_missing_split": cut,
         "partial": train.partial or evaluation.partial or cut is not None,
-        "evaluation_texts_also_in_train": sum(text in known for text in texts_of(evaluation_rows, task)),
+        "evaluation_texts_also_in_train": count_known(
+            texts_of(evaluation_rows, task), texts_of(train_rows, task), texts_of(selection_rows, task)
+        ),
     }
     log.info(
         "%s: %s; train on %d rows of %s, select by %d of them held out, report on %d rows of %s",
@@ -291,6 +293,12 @@ def texts_of(rows: Dataset, task: Task) -> list[Any]:
     """The task's text of each row: a string, or a tuple of two for a pair."""
     columns = [rows[column][:] for column in task.text]
     return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+
+
+def count_known(texts: Iterable[Any], *elsewhere: Iterable[Any]) -> int:
+    """How many of the texts also stand elsewhere, word for word."""
+    known = set(chain(*elsewhere))
+    return sum(text in known for text in texts)
 
 
 def describe(split: Split, used: Dataset) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, compress
 from pathlib import Path
 
 import torch
@@ -72,6 +72,22 @@ class EncodedSplit:
             )
         self.teacher_logits = logits
         self.teacher_attribution = attribution
+
+    def where(self, keep: Bool[Tensor, " examples"]) -> "EncodedSplit":
+        """The examples that are marked as a split of their own, in their order, with a fingerprint of its own."""
+        of_token = keep.repeat_interleave(self.lengths)
+        attribution = self.teacher_attribution
+        return replace(
+            self,
+            texts=list(compress(self.texts, keep.tolist())),
+            input_ids=self.input_ids[of_token],
+            token_type_ids=self.token_type_ids[of_token],
+            offsets=torch.cat([self.offsets[:1], self.lengths[keep].cumsum(0)]),
+            labels=self.labels[keep],
+            fingerprint=sha256_of(self.fingerprint, keep.nonzero().flatten().tolist()),
+            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[keep],
+            teacher_attribution=None if attribution is None else attribution[of_token],
+        )
 
     def collate(self, indices: Sequence[int] | Int[Tensor, " batch"]) -> Batch:
         """The examples `indices` as a batch that is as wide as its longest sequence; padding has attribution 0."""

@@ -1,11 +1,11 @@
 """One pass over the reported split, gathered: predictions, their metrics, and the cost of every example."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from tokprune_exp.data.batch import Batch
@@ -19,13 +19,14 @@ class Evaluation:
     """Predictions on a split in the order of `index`, their metrics, and the FLOPs figures of `FlopsReport.summary`.
 
     With an adaptive retainer `flops["ratio_shares"]` is the share of the examples that got each candidate ratio: all in
-    one means that nothing was adapted.
+    one means that nothing was adapted. `by_length` says the same of short and of long texts, see `quartiles`.
     """
 
     logits: Float[Tensor, "examples outputs"]
     labels: Int[Tensor, " examples"] | Float[Tensor, " examples"]
     metrics: dict[str, float]
     flops: dict[str, Any]
+    by_length: list[dict[str, Any]]
 
 
 def evaluate(
@@ -56,7 +57,56 @@ def evaluate(
     if ratios:
         chosen = torch.cat(ratios)
         flops["ratio_shares"] = (chosen.argmax(1).bincount(minlength=chosen.shape[1]) / len(chosen)).tolist()
-    return Evaluation(all_logits, all_labels, evaluate_metrics(metrics, all_logits, all_labels), flops)
+    return Evaluation(
+        all_logits,
+        all_labels,
+        evaluate_metrics(metrics, all_logits, all_labels),
+        flops,
+        quartiles(metrics, all_logits, all_labels, report, published_length),
+    )
+
+
+def quartiles(
+    metrics: Sequence[str],
+    logits: Float[Tensor, "examples outputs"],
+    labels: Num[Tensor, " examples"],
+    report: FlopsReport,
+    published_length: int,
+) -> list[dict[str, Any]]:
+    """Metrics and cost of a split in four parts by length: up to Q1, up to Q2, up to Q3 and above (LTP, Table III).
+
+    Q1, Q2 and Q3 are the quartiles of the token lengths, interpolated linearly. A text as long as a quartile stands in
+    the part below it; a part without a text, as where many are of one length, is left out.
+    """
+    lengths = report.lengths.double()
+    part_of = torch.bucketize(lengths, lengths.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)))
+    rows = []
+    for part in part_of.unique():
+        inside = part_of == part
+        costs = report.where(inside).summary(published_length)
+        rows.append(
+            {
+                "shortest": int(lengths[inside].min()),
+                "longest": int(lengths[inside].max()),
+                "examples": int(inside.sum()),
+                "metrics": metrics_of_part(metrics, logits[inside], labels[inside]),
+                "gflops_per_example": costs["gflops_per_example"],
+                "reduction_unpadded": costs["reduction_unpadded"],
+            }
+        )
+    return rows
+
+
+def metrics_of_part(
+    names: Sequence[str], logits: Float[Tensor, "examples outputs"], labels: Num[Tensor, " examples"]
+) -> dict[str, float | None]:
+    """Every metric of some examples of a split; None for all but accuracy where they all have the same label.
+
+    There a correlation is not defined, and an F1 says nothing of the class that is absent.
+    """
+    alike = bool((labels == labels[0]).all())
+    values = evaluate_metrics(names, logits, labels)
+    return {name: None if alike and name != "accuracy" else value for name, value in values.items()}
 
 
 class GatheredForward(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokprune_exp.encoder.trace import PruningTrace
@@ -99,6 +99,15 @@ class FlopsReport:
         }
         self._batches.append({name: value.detach().cpu() for name, value in per_example.items()})
 
+    @property
+    def lengths(self) -> Int[Tensor, " examples"]:
+        """Tokens of each example, in the order of their index."""
+        return self._counted()["lengths"]
+
+    def where(self, keep: Bool[Tensor, " examples"]) -> "FlopsReport":
+        """The report of the examples alone that are marked, in the order of their index."""
+        return FlopsReport(self.dim, self.ff_dim, [{name: value[keep] for name, value in self._counted().items()}])
+
     def summary(self, published_length: int) -> dict[str, Any]:
         """Every published figure of the split, side by side; the names say which convention each one is.
 
@@ -115,9 +124,7 @@ class FlopsReport:
         Raises:
             ValueError: when nothing was counted.
         """
-        if not self._batches:
-            raise ValueError("no batch was counted: call update before summary")
-        all_of = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
+        all_of = self._counted()
         lengths, layers = all_of["lengths"], all_of["outputs"].shape[1]
         padded_lengths = lengths.clamp(min=published_length)
         macs = {name: _mean(all_of[name]) for name in ("encoder", "pruner", "head", "dense", "ltp")}
@@ -143,8 +150,16 @@ class FlopsReport:
             "retention_mean": retention.mean().item(),
             "retention_per_layer": retention.tolist(),
             "tokens_per_layer": all_of["outputs"].double().mean(0).tolist(),
-            "retention_padded_sttabt": _padded_retention(lengths, all_of["keys"], all_of["index"]),
+            "retention_padded_sttabt": _padded_retention(lengths, all_of["keys"]),
         }
+
+    def _counted(self) -> dict[str, Tensor]:
+        """Everything that was counted, a row per example, in the order of their index."""
+        if not self._batches:
+            raise ValueError("no batch was counted: call update before summary")
+        all_of = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
+        order = all_of["index"].argsort(stable=True)
+        return {name: value[order] for name, value in all_of.items()}
 
 
 def count_with_fvcore(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
@@ -183,12 +198,9 @@ def _mean(per_example: Int[Tensor, " examples"]) -> float:
     return int(per_example.sum()) / len(per_example)
 
 
-def _padded_retention(
-    lengths: Int[Tensor, " examples"], keys: Int[Tensor, "examples layers"], index: Int[Tensor, " examples"]
-) -> float:
+def _padded_retention(lengths: Int[Tensor, " examples"], keys: Int[Tensor, "examples layers"]) -> float:
     """STTABT's retention: mean over examples of (Σ_l |K_l| + 1) / ((L + 1)·T), T the chunk's longest text."""
-    order = index.argsort()
-    chunks = zip(lengths[order].split(STTABT_CHUNK), keys[order].split(STTABT_CHUNK), strict=True)
+    chunks = zip(lengths.split(STTABT_CHUNK), keys.split(STTABT_CHUNK), strict=True)
     kept_shares = [(kept.sum(1) + 1).double() / ((keys.shape[1] + 1) * length.max()) for length, kept in chunks]
     return torch.cat(kept_shares).mean().item()
 

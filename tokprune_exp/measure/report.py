@@ -36,27 +36,33 @@ def measure(
     device: str = "cpu",
     attribution: Attribution | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the dense and the pruned model on the reported split, count, check the count, and time both."""
+    """Evaluate the dense and the pruned model on the reported split, count, check the count, and time both.
+
+    `by_length` holds the pruned model against the dense one, that is the teacher, or without one the unpruned model.
+    """
     model, split = method.model.eval(), data.evaluation
 
     def assess(one: PrunedClassifier, prune: bool) -> Evaluation:
         task = data.task
         return evaluate(one, data.evaluation_batches(), task.metrics, task.published_length, prune, device)
 
-    metrics, result = {}, assess(model, prune=True)
+    metrics, by_length, result = {}, {}, assess(model, prune=True)
     flops = dict(result.flops)
     if method.dense is not None:
         dense = assess(method.dense, prune=False)
         metrics["dense"], flops["gflops_teacher"] = dense.metrics, dense.flops["gflops_dense"]
+        by_length["dense"] = dense.by_length
     if model.pruning is None:
-        metrics["dense"] = result.metrics
+        metrics["dense"], by_length["dense"] = result.metrics, result.by_length
     else:
-        metrics |= {"unpruned": assess(model, prune=False).metrics, "pruned": result.metrics}
+        unpruned = assess(model, prune=False)
+        metrics |= {"unpruned": unpruned.metrics, "pruned": result.metrics}
+        by_length = {"dense": unpruned.by_length, **by_length, "pruned": result.by_length}
 
     few = torch.arange(min(settings.fvcore_examples, len(split)))
     alone_and_together = [split.collate([int(one)]) for one in few] + [split.collate(few)]
     flops["fvcore_forwards_equal"] = check_flops(model, alone_and_together)
-    fields: dict[str, Any] = {"metrics": metrics, "flops": flops}
+    fields: dict[str, Any] = {"metrics": metrics, "by_length": by_length, "flops": flops}
 
     if model.pruning is not None:
         fields["latency"] = latency(model.to(device), split, settings, device)

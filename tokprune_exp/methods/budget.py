@@ -12,9 +12,12 @@ from tokprune_exp.errors import UserError
 from tokprune_exp.measure.flops import dense_encoder_macs, encoder_macs, layer_macs
 from tokprune_exp.model import PrunedClassifier, without_dropout
 
-HALVINGS = 14
-TOLERANCE = 0.02
-"""How far out of a retainer's reach a budget may lie before it is refused."""
+CLOSE_ENOUGH = 0.002
+"""Distance from the asked share at which the search ends."""
+FIRST_STEP = 1 / 64
+HALVINGS = 12
+OUT_OF_REACH = 0.02
+"""How far from the share the cheapest or the dearest setting may be before the budget is refused."""
 
 
 @torch.no_grad()
@@ -45,9 +48,10 @@ def soft_cost_share(trace: PruningTrace, dim: int, ff_dim: int) -> Float[Tensor,
 
 
 def meet_budget(model: PrunedClassifier, batches: Sequence[Batch], share: float) -> float:
-    """Turn the retainer's knob by bisection until the model costs `share`; returns the share that was reached.
+    """Turn the retainer's knob until the model costs `share`; returns the share that was reached.
 
-    Where the cost moves in steps the nearest is taken.
+    From where the knob stands it goes in doubling steps towards the end that is needed, until the share is passed, and
+    then back in halves. Where the cost moves in jumps the nearest setting is taken.
 
     Raises:
         UserError: the budget lies outside what the retainer can reach.
@@ -55,22 +59,40 @@ def meet_budget(model: PrunedClassifier, batches: Sequence[Batch], share: float)
     assert model.pruning is not None
     retainer = model.pruning.retainer
     assert retainer.knob_ends is not None
+    start, (cheapest, dearest) = float(retainer.knob), retainer.knob_ends
+    reached: dict[float, float] = {}
 
-    def cost(setting: float) -> float:
+    def is_too_cheap(setting: float) -> bool:
         retainer.knob.fill_(setting)
-        return cost_share(model, batches)
+        reached[setting] = cost_share(model, batches)
+        return reached[setting] < share
 
-    low, high = retainer.knob_ends  # the cheapest, the dearest
-    reached = {low: cost(low), high: cost(high)}
-    if not reached[low] - TOLERANCE <= share <= reached[high] + TOLERANCE:
-        raise UserError(
-            f"budget={share:g} cannot be met: on training texts this pruning costs between {reached[low]:.3f} and "
-            f"{reached[high]:.3f} of the unpruned FLOPs; ask for a budget between them, or choose another retainer"
-        )
+    def is_met() -> bool:
+        return min(abs(cost - share) for cost in reached.values()) <= CLOSE_ENOUGH
+
+    was_too_cheap = is_too_cheap(start)
+    end = dearest if was_too_cheap else cheapest
+
+    def is_before(way: float) -> bool:
+        """Whether the share is not yet passed after this part of the way from the start to the end."""
+        return is_too_cheap(start + way * (end - start)) == was_too_cheap
+
+    near, far = 0.0, FIRST_STEP
+    while not is_met() and is_before(far):
+        if far == 1:
+            if abs(reached[end] - share) > OUT_OF_REACH:
+                raise UserError(
+                    f"budget={share:g} cannot be met: on training texts this pruning costs "
+                    f"{'at most' if was_too_cheap else 'at least'} {reached[end]:.3f} of the unpruned FLOPs; "
+                    f"ask for another budget, or choose another retainer"
+                )
+            break
+        near, far = far, min(1.0, 2 * far)
     for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        reached[middle] = cost(middle)
-        low, high = (middle, high) if reached[middle] < share else (low, middle)
+        if is_met():
+            break
+        middle = (near + far) / 2
+        near, far = (middle, far) if is_before(middle) else (near, middle)
     best = min(reached, key=lambda setting: abs(reached[setting] - share))
     retainer.knob.fill_(best)
     return reached[best]

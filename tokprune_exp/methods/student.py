@@ -16,7 +16,7 @@ from tokprune_exp.pruning.retainers import Retainer
 from tokprune_exp.pruning.scorers import Scorer
 
 CALIBRATION_EXAMPLES = 256
-CALIBRATIONS = 10
+CALIBRATIONS = 5
 """How often in a stage the knob is set anew, besides the end of every epoch."""
 
 
@@ -88,7 +88,7 @@ class StudentModule(PruningModule):
             meet_budget(self.model, self.calibration, self.target_share)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Hold the share, ten times in a stage."""
+        """Hold the share, a few times in a stage."""
         every = max(1, int(self.trainer.estimated_stepping_batches) // CALIBRATIONS)
         if self.trainer.global_step % every == 0:
             self.hold_share()
