@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tokprune_exp.encoder.encoder import EncoderShape, PrunedEncoder
-from tokprune_exp.encoder.layout import Packed, Padded, Sequences
+from tokprune_exp.encoder.layout import Packed, Padded, Sequences, Wants
 from tokprune_exp.model import PrunedClassifier
 from tokprune_exp.pruning.pruning import Prescribed
 
@@ -133,8 +133,9 @@ def test_attention_dropout_acts_on_the_attention_weights_in_both_layouts() -> No
     hidden = torch.randn(2, 5, 16)
     sequences = sequences_of([5, 5])
     for layout, flat in ((Padded.start(sequences), hidden), (Packed.start(sequences), hidden.flatten(0, 1))):
-        for wants_received in (False, True):
-            first, second = (layer.attend(flat, layout, wants_received)[0] for _ in range(2))
+        for received in (False, True):
+            wants = Wants(received)
+            first, second = (layer.attend(flat, flat, layout, layout, wants).context for _ in range(2))
             assert not torch.allclose(first, second)
 
 
@@ -157,10 +158,12 @@ def test_attention_equals_a_plain_loop_over_heads_and_queries(wants_received: bo
                     sums[row, i] += weights[i] / heads
 
     padded, packed = Padded.start(sequences), Packed.start(sequences)
-    ours, received = padded.attend(query, key, value, heads, wants_received=wants_received)
+    attended = padded.attend(query, key, value, heads, wants=Wants(wants_received))
+    ours, received = attended.context, attended.received
     torch.testing.assert_close(ours[sequences.valid], theirs[sequences.valid])
     flat = (packed.take(x) for x in (query, key, value))
-    ours_flat, received_flat = packed.attend(*flat, heads, wants_received=wants_received)
+    attended = packed.attend(*flat, heads, wants=Wants(wants_received))
+    ours_flat, received_flat = attended.context, attended.received
     torch.testing.assert_close(ours_flat, theirs[sequences.valid])
     if wants_received:
         torch.testing.assert_close(received, sums)
@@ -212,10 +215,10 @@ def test_a_gate_hides_tokens_exactly_as_a_hard_mask_does(scale: float) -> None:
     query, key, value = torch.randn(3, 9, 8) * scale, torch.randn(3, 9, 8), torch.randn(3, 9, 8)
     keep = sequences.valid & (torch.rand(3, 9) < 0.4) | sequences.protected
     start = Padded.start(sequences)
-    hard, hard_received = start.keep(keep)[0].attend(query, key, value, 2, wants_received=True)
-    gated, gated_received = start.keep(keep, keep.float())[0].attend(query, key, value, 2, wants_received=True)
-    torch.testing.assert_close(gated, hard, atol=1e-5, rtol=0)
-    torch.testing.assert_close(gated_received, hard_received, atol=1e-5, rtol=0)
+    hard = start.keep(keep)[0].attend(query, key, value, 2, wants=Wants(received=True))
+    gated = start.keep(keep, keep.float())[0].attend(query, key, value, 2, wants=Wants(received=True))
+    torch.testing.assert_close(gated.context, hard.context, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gated.received, hard.received, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -225,7 +228,7 @@ def test_a_gate_carries_a_finite_gradient_to_every_real_token_dropped_ones_inclu
     query, key, value = (torch.randn(2, 10, 8) * factor for factor in (scale, 1.0, 1.0))
     keep = sequences.valid & (torch.rand(2, 10) < 0.4) | sequences.protected
     gate = keep.float().requires_grad_()
-    context, _ = Padded.start(sequences).keep(keep, gate)[0].attend(query, key, value, 2)
+    context = Padded.start(sequences).keep(keep, gate)[0].attend(query, key, value, 2).context
     (gradient,) = torch.autograd.grad(context[sequences.valid].square().sum(), gate)
     assert gradient.isfinite().all()
     assert (gradient[~sequences.valid] == 0).all()

@@ -1,20 +1,20 @@
 """PrunedEncoder: a BERT-family Transformer that asks its pruning which tokens go on, and records what was done.
 
-    embed → [ pruning before the attention? → attention → pruning after the attention? → feed-forward ] × layers
+    embed → [ pruning before? → attention (of fewer queries?) → pruning after it? → feed-forward ] × layers
 
 The same loop runs masked (`Padded`) and gathered (`Packed`); see `layout.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokprune_exp.encoder.layout import Layout
+from tokprune_exp.encoder.layout import Attended, Layout, Wants
 from tokprune_exp.encoder.trace import Decision, LayerTrace, PruningTrace
 
 
@@ -48,12 +48,17 @@ class EncoderShape:
         return self.positions - self.position_offset
 
 
+Place = Literal["before", "queries", "after"]
+"""Where in a layer tokens can leave: before it (they are no keys either), as queries and outputs while they still serve
+as keys, or after the attention (they have attended, but do not go on)."""
+
+
 @runtime_checkable
 class PruningRule(Protocol):
     """What the encoder needs of a pruning; `pruning/` has the implementations."""
 
-    def decides(self, layer: int, after_attention: bool) -> bool:
-        """Whether tokens are chosen at this place: before or after the attention of `layer` (0-based)."""
+    def decides(self, layer: int, place: Place) -> bool:
+        """Whether tokens are chosen at this place of `layer` (0-based)."""
         ...
 
     def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int) -> Decision:
@@ -99,12 +104,17 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
 
     def attend(
-        self, hidden: Float[Tensor, "*tokens dim"], layout: Layout, wants_received: bool
-    ) -> tuple[Float[Tensor, "*tokens dim"], Float[Tensor, "batch grid"] | None]:
-        """Mix the tokens of each sequence: the context before its output projection, and the attention received."""
+        self,
+        asking: Float[Tensor, "*queries dim"],
+        hidden: Float[Tensor, "*tokens dim"],
+        layout: Layout,
+        queries: Layout,
+        wants: Wants,
+    ) -> Attended:
+        """Mix the tokens of each sequence into the queries: the context before its output projection."""
         dropout = self.attention_dropout if self.training else 0.0
-        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
-        return layout.attend(query, key, value, self.heads, dropout, wants_received)
+        query, key, value = self.query(asking), self.key(hidden), self.value(hidden)
+        return layout.attend(query, key, value, self.heads, dropout, wants, queries)
 
     def finish(
         self, hidden: Float[Tensor, "*tokens dim"], context: Float[Tensor, "*tokens dim"]
@@ -117,11 +127,13 @@ class EncoderLayer(nn.Module):
 
 @dataclass
 class EncoderOutput:
-    """Hidden states of the survivors, the layout they lie in, and the record of what was pruned."""
+    """Hidden states of the survivors, the layout they lie in, the record of what was pruned, and scores on request."""
 
     hidden: Float[Tensor, "*tokens dim"]
     layout: Layout
     trace: PruningTrace
+    scores: list[Float[Tensor, "batch heads grid grid"]] = field(default_factory=list)
+    """A_score of every layer, before the softmax (STTABT, eq. 1), if they were asked for."""
 
     @property
     def first(self) -> Float[Tensor, "batch dim"]:
@@ -160,29 +172,37 @@ class PrunedEncoder(nn.Module):
         layout: Layout,
         pruning: PruningRule | None = None,
         enforce: bool = True,
+        wants_scores: bool = False,
     ) -> EncoderOutput:
         """Run the layers on embedded tokens.
 
         With `enforce=False` the pruning is asked and recorded but every token is kept (the warm-up of AD-TP).
+        `wants_scores` also returns every layer's attention scores.
         """
-        trace = PruningTrace(layout.sequences.valid)
+        trace, scores = PruningTrace(layout.sequences.valid), []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, EncoderLayer)
             decision = None
-            if pruning is not None and pruning.decides(number, after_attention=False):
+            if pruning is not None and pruning.decides(number, "before"):
                 decision, layout, gather = _choose(pruning, hidden, layout, None, number, enforce)
                 hidden = gather(hidden)
-            entering = layout.alive
-            decides_inside = pruning is not None and pruning.decides(number, after_attention=True)
-            context, received = layer.attend(hidden, layout, wants_received=decides_inside)
-            if pruning is not None and decides_inside:
-                decision, layout, gather = _choose(pruning, hidden, layout, received, number, enforce)
+            keys, queries, asking = layout, layout, hidden
+            if pruning is not None and pruning.decides(number, "queries"):
+                decision, queries, gather = _choose(pruning, hidden, layout, None, number, enforce)
+                asking = gather(hidden)
+            decides_after = pruning is not None and pruning.decides(number, "after")
+            attended = layer.attend(asking, hidden, keys, queries, Wants(decides_after, wants_scores))
+            hidden, layout, context = asking, queries, attended.context
+            if pruning is not None and decides_after:
+                decision, layout, gather = _choose(pruning, hidden, layout, attended.received, number, enforce)
                 hidden, context = gather(hidden), gather(context)
             hidden = layer.finish(hidden, context)
             if enforce and decision is not None and decision.gate is None and decision.soft is not None:
                 hidden = hidden * layout.take(decision.soft)[..., None]  # x_out = M̃·x (LTP, eq. 12)
-            trace.layers.append(LayerTrace(keys=entering, queries=entering, outputs=layout.alive, decision=decision))
-        return EncoderOutput(hidden, layout, trace)
+            trace.layers.append(LayerTrace(keys.alive, queries.alive, layout.alive, decision))
+            if attended.scores is not None:
+                scores.append(attended.scores)
+        return EncoderOutput(hidden, layout, trace, scores)
 
     def first_layers(self, count: int) -> "PrunedEncoder":
         """Return a student of the first `count` layers; the weights are shared with this encoder.

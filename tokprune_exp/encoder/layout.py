@@ -17,6 +17,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+
+@dataclass
+class Attended:
+    """What an attention leaves: the context of every query, and on request what pruning reads.
+
+    `received` is Σ_{alive j} mean_h A_h[j, i] of each token i; `scores` are those before the softmax, -inf at keys that
+    are not alive (and at queries that are not, in a packed layout).
+    """
+
+    context: Float[Tensor, "*queries dim"]
+    received: Float[Tensor, "batch grid"] | None = None
+    scores: Float[Tensor, "batch heads grid grid"] | None = None
+
+
+@dataclass(frozen=True)
+class Wants:
+    """Which by-products of an attention are asked for."""
+
+    received: bool = False
+    scores: bool = False
+
+
 GATE_CEILING = 20.0
 """How far a dropped token's score may stand above all alive ones in gated attention, so that exp and the gate's
 gradient stay finite. It touches dropped tokens only, so no value."""
@@ -80,12 +102,13 @@ class Padded:
         value: Float[Tensor, "batch tokens dim"],
         heads: int,
         dropout: float = 0.0,
-        wants_received: bool = False,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"] | None]:
+        wants: Wants = Wants(),
+        queries: "Padded | Packed | None" = None,
+    ) -> Attended:
         """Mix the values by softmax(q·k/√d_head) over the alive tokens of each sequence.
 
-        Returns the context and, on request, the attention received by each token, Σ_{alive j} mean_h A_h[j, i].
-        Plain products and a softmax, because fused kernels cannot be differentiated twice.
+        `queries` is the layout of the tokens that attend, where they are fewer than the keys: all rows are computed
+        and those of no query are never read. Plain products and a softmax: fused kernels have no second derivative.
         """
         batch, tokens, dim = query.shape
         q, k, v = (x.view(batch, tokens, heads, dim // heads).transpose(1, 2) for x in (query, key, value))
@@ -98,11 +121,14 @@ class Padded:
             relative = (scores - peak).masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
             gated = relative.clamp(max=GATE_CEILING).exp() * self.gate[:, None, None, :]
             weights = gated / gated.sum(-1, keepdim=True)
-        received = None
-        if wants_received:
-            received = self.to_grid((weights.mean(1) * self.alive[:, :, None]).sum(1))
+        attending = (self if queries is None else queries).alive
+        received = self.to_grid((weights.mean(1) * attending[:, :, None]).sum(1)) if wants.received else None
         context = F.dropout(weights, dropout) @ v  # (B, H, N, dim / H)
-        return context.transpose(1, 2).reshape(batch, tokens, dim), received
+        return Attended(
+            context.transpose(1, 2).reshape(batch, tokens, dim),
+            received,
+            scores.masked_fill(~self.alive[:, None, None, :], float("-inf")) if wants.scores else None,
+        )
 
     def first(self, hidden: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         """Return the hidden state of the first position of each sequence."""
@@ -151,29 +177,43 @@ class Packed:
 
     def attend(
         self,
-        query: Float[Tensor, "total dim"],
+        query: Float[Tensor, "queries dim"],
         key: Float[Tensor, "total dim"],
         value: Float[Tensor, "total dim"],
         heads: int,
         dropout: float = 0.0,
-        wants_received: bool = False,
-    ) -> tuple[Float[Tensor, "total dim"], Float[Tensor, "batch tokens"] | None]:
+        wants: Wants = Wants(),
+        queries: "Padded | Packed | None" = None,
+    ) -> Attended:
         """Mix the values within each sequence; see `Padded.attend`. One small attention per sequence, no padding."""
-        total, dim = query.shape
-        q, k, v = (
-            x.view(total, heads, dim // heads).transpose(0, 1) for x in (query, key, value)
-        )  # (H, total, d_head)
-        contexts, received = [], []
-        for one_q, one_k, one_v in zip(*(x.split(self.counts, dim=1) for x in (q, k, v)), strict=True):
-            if wants_received:
-                weights = (one_q @ one_k.transpose(1, 2) / (dim // heads) ** 0.5).softmax(-1)
+        attending = queries if isinstance(queries, Packed) else self
+        dim = query.shape[1]
+        q, k, v = (x.unflatten(1, (heads, dim // heads)).transpose(0, 1) for x in (query, key, value))  # (H, total, ·)
+        sequences = zip(q.split(attending.counts, 1), k.split(self.counts, 1), v.split(self.counts, 1), strict=True)
+        contexts, received, scores = [], [], []
+        for one_q, one_k, one_v in sequences:
+            if wants.received or wants.scores:
+                scores.append(one_q @ one_k.transpose(1, 2) / (dim // heads) ** 0.5)
+                weights = scores[-1].softmax(-1)
                 received.append(weights.mean(0).sum(0))
                 contexts.append(F.dropout(weights, dropout) @ one_v)
             else:
                 attended = F.scaled_dot_product_attention(one_q[None], one_k[None], one_v[None], dropout_p=dropout)
                 contexts.append(attended[0])
-        context = torch.cat(contexts, dim=1).transpose(0, 1).reshape(total, dim)
-        return context, self.to_grid(torch.cat(received)) if wants_received else None
+        return Attended(
+            torch.cat(contexts, dim=1).transpose(0, 1).reshape(query.shape),
+            self.to_grid(torch.cat(received)) if wants.received else None,
+            self._on_grid(scores, attending) if wants.scores else None,
+        )
+
+    def _on_grid(self, scores: list[Tensor], attending: "Packed") -> Float[Tensor, "batch heads grid grid"]:
+        """Spread the scores of each sequence, (heads, queries, keys), over the grid, -inf elsewhere."""
+        batch, tokens = self.alive.shape
+        grid = scores[0].new_full((batch, scores[0].shape[0], tokens, tokens), float("-inf"))
+        for row, one in enumerate(scores):
+            rows, columns = (layout.alive[row].nonzero()[:, 0] for layout in (attending, self))
+            grid[row, :, rows[:, None], columns] = one
+        return grid
 
     def first(self, hidden: Float[Tensor, "total dim"]) -> Float[Tensor, "batch dim"]:
         """Return the hidden state of the first position of each sequence."""

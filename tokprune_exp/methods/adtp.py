@@ -208,6 +208,7 @@ class ADTP(StudentModule):
         Dropout is off: between two passes with different dropout, δ would measure nothing.
         """
         assert isinstance(self.retainer, AdaptiveRatio)
+        assert self.model.pruning is not None
         with without_dropout(self.model):
             embeddings, layout = self.model.start(batch)
             full = losses.task_loss(self.model.classify(embeddings, layout, prune=False).logits.float(), batch.labels)
@@ -215,7 +216,7 @@ class ADTP(StudentModule):
             for ratio in self.retainer.ratios:
                 keep = self.retainer.keep(target, float(ratio), layout)
                 encoded = self.model.encoder(
-                    embeddings, layout, Prescribed(keep, self.retainer.layer, self.scorer.reads_attention)
+                    embeddings, layout, Prescribed(keep, self.retainer.layer, self.model.pruning.place)
                 )
                 pruned = losses.task_loss(self.model.head(encoded.first).float(), batch.labels)
                 sufficient.append(pruned <= full + self.oracle_tolerance)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tokprune_exp.encoder.encoder import Place
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision, PruningTrace
 from tokprune_exp.pruning.retainers import (
@@ -42,11 +43,11 @@ class Prescribed:
 
     keep: Bool[Tensor, "batch tokens"]
     layer: int = 0
-    after_attention: bool = False
+    place: Place = "before"
 
-    def decides(self, layer: int, after_attention: bool) -> bool:
+    def decides(self, layer: int, place: Place) -> bool:
         """Prune at the given place only."""
-        return (layer, after_attention) == (self.layer, self.after_attention)
+        return (layer, place) == (self.layer, self.place)
 
     def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int) -> Decision:
         """Keep what was prescribed."""
@@ -63,9 +64,14 @@ class Pruning(nn.Module):
                 raise ValueError(f"{type(part).__name__} is not in SCORERS or RETAINERS, so no model could be saved")
         self.scorer, self.retainer = scorer, retainer
 
-    def decides(self, layer: int, after_attention: bool) -> bool:
+    @property
+    def place(self) -> Place:
+        """Where in a layer this scorer can say what is important."""
+        return "after" if self.scorer.reads_attention else "before"
+
+    def decides(self, layer: int, place: Place) -> bool:
         """Whether tokens are chosen at this place of the encoder."""
-        return self.retainer.prunes_at(layer) and self.scorer.reads_attention == after_attention
+        return self.retainer.prunes_at(layer) and place == self.place
 
     def decide(
         self,
