@@ -31,6 +31,8 @@ from tokprune_exp import __version__
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "hydra-core", "wandb")
 VARIANTS = {"dense": "dense teacher", "unpruned": "student unpruned", "pruned": "student pruned"}
 """The three evaluated models: their key in `metrics` and their name in the table."""
+LAYER_COLUMNS = ("retention", "tokens", "thresholds")
+"""What `flops` may hold for every layer, as <name>_per_layer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,9 +266,10 @@ def log_result(loggers: Iterable[Logger], result: Mapping[str, Any]) -> None:
 
             logger.experiment.summary.update(dict(_flat_numbers(parts)))
             if safe["flops"]:
-                per_layer = zip(safe["flops"]["retention_per_layer"], safe["flops"]["tokens_per_layer"], strict=True)
-                rows = [[layer, *values] for layer, values in enumerate(per_layer, start=1)]
-                logger.experiment.log({"layers": wandb.Table(columns=["layer", "retention", "tokens"], data=rows)})
+                columns = {name: safe["flops"].get(f"{name}_per_layer") for name in LAYER_COLUMNS}
+                given = {name: values for name, values in columns.items() if values is not None}
+                rows = [[layer, *values] for layer, values in enumerate(zip(*given.values(), strict=True), start=1)]
+                logger.experiment.log({"layers": wandb.Table(columns=["layer", *given], data=rows)})
             if safe["by_length"]:
                 quartiles = _quartile_rows(safe["by_length"])
                 table = wandb.Table(columns=list(quartiles[0]), data=[list(row.values()) for row in quartiles])
@@ -379,6 +382,8 @@ def _cost_rows(flops: Mapping[str, Any], prunes_nothing: bool) -> dict[str, dict
             "GFLOPs per example": {"dense": flops["gflops_dense"]},
             "GFLOPs padded": {"dense": flops["gflops_dense_padded"]},
         }
+    asked = flops.get("share_asked")
+    budget = {f"share of FLOPs (asked {asked:g})": {"pruned": flops["share_unpadded"]}} if asked is not None else {}
     dense, pad_inflation = flops["gflops_dense"], flops["gflops_dense_padded"] / flops["gflops_dense"]
     return {
         "GFLOPs per example": {
@@ -389,6 +394,7 @@ def _cost_rows(flops: Mapping[str, Any], prunes_nothing: bool) -> dict[str, dict
         "reduction unpadded": {"unpruned": 1.0, "pruned": flops["reduction_unpadded"]},
         "reduction padded": {"unpruned": pad_inflation, "pruned": flops["reduction_padded"]},
         "retention": {"unpruned": 1.0, "pruned": flops["retention_mean"]},
+        **budget,
     }
 
 

@@ -13,6 +13,7 @@ class Decision:
 
     `gate` equals `keep` in value and carries gradients (straight-through). `ratio_logits` are an adaptive retainer's.
     `soft` is a mask between 0 and 1: without a gate, the layer's output is multiplied by it (LTP, eq. 12).
+    `threshold` is what the importance had to exceed, where one was in force.
     """
 
     importance: Float[Tensor, "batch tokens"]
@@ -20,6 +21,7 @@ class Decision:
     gate: Float[Tensor, "batch tokens"] | None = None
     ratio_logits: Float[Tensor, "batch ratios"] | None = None
     soft: Float[Tensor, "batch tokens"] | None = None
+    threshold: Float[Tensor, ""] | None = None
 
 
 @dataclass

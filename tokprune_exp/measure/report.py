@@ -13,8 +13,9 @@ from tokprune_exp.measure.evaluation import Evaluation, check_flops, evaluate
 from tokprune_exp.measure.fidelity import saliency_fidelity
 from tokprune_exp.measure.latency import compare_latency, length_sorted_chunks
 from tokprune_exp.methods.module import PruningModule
+from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import PrunedClassifier
-from tokprune_exp.pruning.retainers import RatioRetainer
+from tokprune_exp.pruning.retainers import ManualThreshold, RatioRetainer
 from tokprune_exp.pruning.scorers import TokenSaliency
 
 
@@ -73,6 +74,11 @@ def measure(
             fields["saliency"] = saliency_fidelity(model, examples, attribution)
         if isinstance(model.pruning.retainer, RatioRetainer):
             flops["ratio_asked"] = model.pruning.retainer.ratio
+        if isinstance(model.pruning.retainer, ManualThreshold):
+            flops["thresholds_per_layer"] = model.pruning.retainer.thresholds.tolist()
+        flops["share_unpadded"] = 1 / flops["reduction_unpadded"]
+        if isinstance(method, StudentModule):
+            flops["share_asked"] = method.budget
     return fields
 
 

@@ -11,6 +11,7 @@ pruned as a key while the classifier still reads it as a query; here it always s
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -64,7 +65,8 @@ class ManualThreshold(Retainer):
     ) -> Decision:
         """Keep what lies above the threshold."""
         prunable, protected = prunable_and_protected(layout)
-        return Decision(importance, protected | (prunable & (importance > self.thresholds[layer])))
+        threshold = self.thresholds[layer]
+        return Decision(importance, protected | (prunable & (importance > threshold)), threshold=threshold)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim` and `layers`."""
@@ -123,8 +125,8 @@ class LearnedThreshold(ManualThreshold):
         above = ((importance - self.thresholds[layer]) / self.temperature).sigmoid()
         soft = torch.where(prunable, above, protected.to(above.dtype))
         if self.relaxation == "straight_through":
-            return Decision(importance, hard.keep, gate=hard.keep + soft - soft.detach(), soft=soft)
-        return Decision(importance, layout.alive, soft=soft)
+            return replace(hard, gate=hard.keep + soft - soft.detach(), soft=soft)
+        return replace(hard, keep=layout.alive, soft=soft)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim` and `layers`."""
