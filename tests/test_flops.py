@@ -10,16 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig
 
+from tokprune_exp.encoder.cost import dense_encoder_macs, encoder_macs, layer_macs
 from tokprune_exp.encoder.trace import LayerTrace, PruningTrace
-from tokprune_exp.measure.flops import (
-    FlopsReport,
-    check_against_fvcore,
-    count_with_fvcore,
-    dense_encoder_macs,
-    encoder_macs,
-    layer_macs,
-    ltp_encoder_macs,
-)
+from tokprune_exp.measure.flops import FlopsReport, check_against_fvcore, count_with_fvcore, ltp_encoder_macs
 
 BERT_BASE = {"dim": 768, "ff_dim": 3072}
 

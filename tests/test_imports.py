@@ -18,12 +18,9 @@ FLOORS = [
         "data.task",
         "data.batch",
         "data.assets",
-        "encoder.backbone",
-        "encoder.trace",
-        "encoder.layout",
+        "encoder",
     ],
     ["config", "pruning", "head", "attribution", "losses"],
-    ["encoder"],
     ["model"],
     ["data", "measure"],
     ["methods"],
@@ -44,7 +41,7 @@ MAY_IMPORT = {
 }
 PURE = ["pruning", "losses", "attribution", "measure.flops"]
 PURE_IMPORTS = {"torch", "jaxtyping", "fvcore", *sys.stdlib_module_names}
-PURE_NEIGHBOURS = [*PURE, "encoder.trace", "encoder.layout", "errors"]
+PURE_NEIGHBOURS = [*PURE, "encoder.trace", "encoder.layout", "encoder.cost", "encoder.encoder", "errors"]
 
 
 def belongs(module, rooms):

@@ -465,6 +465,7 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             ("LTP", "ltp", ("LearnedThreshold",), ("learned_threshold",)),
             ("ManualThreshold", "manual_threshold", ("ManualThreshold",), ("manual_threshold",)),
             ("ManualTopK", "manual_topk", ("TopKSchedule",), ("topk",)),
+            ("STTABT", "sttabt", ("Backtracking", "Concrete"), ("backtracking", "concrete")),
         )
     ),
     *(
@@ -474,7 +475,11 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             ),
             f"{name} has a loss of its own: loss={name}",
         )
-        for method, name, loss in (("ADTP", "adtp", "ADTPLoss"), ("LTP", "ltp", "LTPLoss"))
+        for method, name, loss in (
+            ("ADTP", "adtp", "ADTPLoss"),
+            ("LTP", "ltp", "LTPLoss"),
+            ("STTABT", "sttabt", "STTABTLoss"),
+        )
     ),
     *(
         (
@@ -484,6 +489,7 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
         for method, name, parts in (
             ("ADTP", "adtp", ("scorer", "retainer", "loss")),
             ("LTP", "ltp", ("scorer", "retainer", "loss")),
+            ("STTABT", "sttabt", ("scorer", "retainer", "loss")),
             ("ManualThreshold", "manual_threshold", ("scorer", "retainer")),
             ("ManualTopK", "manual_topk", ("scorer", "retainer")),
         )
@@ -495,6 +501,15 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             f"{name} takes no loss: it has the task's only",
         )
         for method, name in (("ManualThreshold", "manual_threshold"), ("ManualTopK", "manual_topk"))
+    ),
+    (
+        lambda of: (
+            of.kind("scorer") is not None
+            and of.kind("retainer") is not None
+            and (of.kind("scorer") in ("ApproxAttention", "ExactAttention"))
+            != (of.kind("retainer") in ("Backtracking", "Concrete"))
+        ),
+        "scorer=approx_attention and exact_attention go with retainer=backtracking and concrete, and with no other",
     ),
     (
         lambda of: of("method.ratio_target") not in (None, "mass") and of.kind("retainer") != "AdaptiveRatio",

@@ -2,6 +2,7 @@
 
 AD-TP (slides): L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP).
 LTP (eq. 13):   L = L_CE + λ·(1/L) Σ_l ‖M̃^l‖₁.
+STTABT (eq. 6): L = L_CE + λ_p Σ_l (θ^l − θ_init)² + λ_mask (mean m − p_init)².
 """
 
 from dataclasses import dataclass
@@ -71,6 +72,24 @@ class LTPLoss:
                 raise ValueError(f"loss.{name}={getattr(self, name)} must not be negative")
         if self.penalty not in ("paper", "code"):
             raise ValueError(f"loss.penalty={self.penalty}: paper or code")
+
+
+@dataclass(frozen=True)
+class STTABTLoss:
+    """The weights of Concrete masking (STTABT, eq. 6); each field is a key of `conf/loss/sttabt.yaml`."""
+
+    lam_theta: float = 1e-3
+    """λ_p, keeps θ near where it started."""
+    lam_mask: float = 1e-3
+    """λ_mask, keeps the mean mask near p_init."""
+    budget_weight: float = 10.0
+    """μ, weight of the squared distance from the budget; takes λ_mask's place when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse weights outside their bounds."""
+        for name in ("lam_theta", "lam_mask", "budget_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must not be negative")
 
 
 def task_loss(
@@ -144,6 +163,12 @@ def token_penalty(trace: PruningTrace, penalty: str = "paper") -> Float[Tensor, 
     """
     tokens = torch.stack([one.soft.sum(1) for one in trace.decisions if one.soft is not None]).sum(0).mean()
     return tokens / (len(trace.layers) if penalty == "paper" else CODE_LENGTH)
+
+
+def mean_mask(trace: PruningTrace) -> Float[Tensor, ""]:
+    """Compute mean_B 1/L Σ_l Σ_t m_t^{l+1} / n of the soft masks of a plan (STTABT, eq. 6), over the real tokens."""
+    masks = torch.stack([one.soft.sum(1) / trace.lengths for one in trace.decisions if one.soft is not None])
+    return masks.mean()
 
 
 def mass_by_ratio(

@@ -52,6 +52,7 @@ class PrunedClassifier(nn.Module):
         self.encoder, self.head, self.pruning, self.separator = encoder, head, pruning, separator
         if pruning is not None:
             last = encoder.shape.layers - 1
+            pruning.attach(encoder)
             retainer = pruning.retainer
             if isinstance(retainer, RatioRetainer) and retainer.layer > last:
                 raise ValueError(f"retainer.layer={retainer.layer}, but this encoder has layers 0 to {last}")
@@ -64,7 +65,7 @@ class PrunedClassifier(nn.Module):
             protected |= batch.valid & (batch.input_ids == self.separator)
         places = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device)
         fingerprint = ((batch.input_ids.long() + 1) * places.square() * batch.valid).sum(1)
-        return Sequences(batch.valid, protected, fingerprint)
+        return Sequences(batch.valid, protected, fingerprint, batch.input_ids, batch.token_type_ids)
 
     def start(self, batch: Batch, execution: Execution = "masked") -> tuple[Tensor, Layout]:
         """Embed a batch: the input of the first layer and the layout it lies in."""
@@ -75,7 +76,8 @@ class PrunedClassifier(nn.Module):
         self, embeddings: Tensor, layout: Layout, prune: bool = True, enforce: bool = True
     ) -> ClassifierOutput:
         """Classify embedded tokens, with or without pruning; `enforce=False` asks the pruning but keeps every token."""
-        encoded: EncoderOutput = self.encoder(embeddings, layout, self.pruning if prune else None, enforce)
+        rule = self.pruning.rule(self.encoder, embeddings, layout) if prune and self.pruning is not None else None
+        encoded: EncoderOutput = self.encoder(embeddings, layout, rule, enforce)
         return ClassifierOutput(self.head(encoded.first), encoded.trace)
 
     def forward(self, batch: Batch, execution: Execution = "masked", prune: bool = True) -> ClassifierOutput:

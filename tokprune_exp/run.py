@@ -85,7 +85,7 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     for stage in method.stages():
         seed_everything(cfg.seed, workers=True, verbose=False)  # whatever was trained, loaded or resumed before
         with record.stage(stage.name):
-            epochs = stage.epochs if cfg.epochs is None else cfg.epochs
+            epochs = min(stage.epochs, 1) * (cfg.epochs or stage.epochs)  # a stage without training stays without
             run_stage(replace(stage, epochs=epochs), data, trainer, loggers, directory)
 
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)

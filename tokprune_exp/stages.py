@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
+from torch import nn
 
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.tokenise import save_at_once
@@ -39,16 +40,18 @@ def run_stage(
         stage.module.findings.update(json.loads((folder / "findings.json").read_text()))
         return
 
-    metric = f"{stage.name}/selection_{stage.module.metrics[0]}"
+    metric = f"{stage.name}/selection_{stage.chooses_by or stage.module.metrics[0]}"
+    mode = "max" if stage.chooses_by is None else "min"
     best = ModelCheckpoint(
-        dirpath=folder, filename="best", monitor=metric, mode="max", save_last=False, enable_version_counter=False
+        dirpath=folder, filename="best", monitor=metric, mode=mode, save_last=False, enable_version_counter=False
     )
     # on its own, since save_last would only be written when the best is
     last = ModelCheckpoint(dirpath=folder, filename="last", monitor=None, save_last=False, enable_version_counter=False)
+    patience = [] if stage.patience is None else [EarlyStopping(metric, mode=mode, patience=stage.patience)]
     trainer = build_trainer(
         max_epochs=stage.epochs,
         logger=loggers or False,
-        callbacks=[best, last],
+        callbacks=[best, last, *patience],
         default_root_dir=directory,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
@@ -56,16 +59,32 @@ def run_stage(
     )
     if stage.before is not None:
         stage.before(data, trainer.strategy.root_device)
-    stage.module.train()
-    trainer.fit(stage.module, data, ckpt_path=_reached(folder / "last.ckpt", stage.name), weights_only=True)
-
-    chosen = torch.load(folder / f"{stage.keeps}.ckpt", map_location="cpu", weights_only=True)
-    stage.module.load_state_dict(chosen["state_dict"])
-    LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
+    shared = None if stage.shared is None else stage.shared(data)
+    if shared is not None and shared[0].is_file():
+        LOGGER.info("stage %s: trained by an earlier run, weights from %s", stage.name, shared[0])
+        shared[1].load_state_dict(load_file(shared[0]))
+    elif stage.epochs:
+        train(stage, trainer, data, folder)
+        LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
+        if shared is not None:
+            save_weights(shared[1], shared[0])
     stage.module.cpu()
     write_json(folder / "findings.json", stage.module.findings)
-    save_at_once({name: tensor.contiguous() for name, tensor in stage.module.model.state_dict().items()}, weights)
+    save_weights(stage.module.model, weights)
     _forget_checkpoints(folder)
+
+
+def train(stage: Stage, trainer: Trainer, data: TaskData, folder: Path) -> None:
+    """Fit the module, from where an earlier process left it, and give it the weights of the epoch that counts."""
+    stage.module.train()
+    trainer.fit(stage.module, data, ckpt_path=_reached(folder / "last.ckpt", stage.name), weights_only=True)
+    chosen = torch.load(folder / f"{stage.keeps}.ckpt", map_location="cpu", weights_only=True)
+    stage.module.load_state_dict(chosen["state_dict"])
+
+
+def save_weights(module: nn.Module, file: Path) -> None:
+    """Write a module's weights such that a reader sees all of them or none."""
+    save_at_once({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
 
 
 def _reached(checkpoint: Path, stage: str) -> str | None:

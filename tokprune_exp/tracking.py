@@ -383,7 +383,7 @@ def _cost_rows(flops: Mapping[str, Any], prunes_nothing: bool) -> dict[str, dict
             "GFLOPs padded": {"dense": flops["gflops_dense_padded"]},
         }
     asked = flops.get("share_asked")
-    budget = {f"share of FLOPs (asked {asked:g})": {"pruned": flops["share_unpadded"]}} if asked is not None else {}
+    budget = {f"share (asked {asked:g})": {"pruned": flops["share_unpadded"]}} if asked is not None else {}
     dense, pad_inflation = flops["gflops_dense"], flops["gflops_dense_padded"] / flops["gflops_dense"]
     return {
         "GFLOPs per example": {

@@ -7,7 +7,7 @@ The same loop runs masked (`Padded`) and gathered (`Packed`); see `layout.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokprune_exp.encoder.layout import Attended, Layout, Wants
-from tokprune_exp.encoder.trace import Decision, LayerTrace, PruningTrace
+from tokprune_exp.encoder.trace import Decision, LayerTrace, Place, PruningTrace
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class EncoderShape:
         return self.positions - self.position_offset
 
 
-Place = Literal["before", "queries", "after"]
-"""Where in a layer tokens can leave: before it (they are no keys either), as queries and outputs while they still serve
-as keys, or after the attention (they have attended, but do not go on)."""
-
-
 @runtime_checkable
 class PruningRule(Protocol):
     """What the encoder needs of a pruning; `pruning/` has the implementations."""
@@ -61,7 +56,7 @@ class PruningRule(Protocol):
         """Whether tokens are chosen at this place of `layer` (0-based)."""
         ...
 
-    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int) -> Decision:
+    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int, place: Place) -> Decision:
         """Choose tokens from hidden states and, after an attention, from the attention each token received."""
         ...
 
@@ -133,7 +128,9 @@ class EncoderOutput:
     layout: Layout
     trace: PruningTrace
     scores: list[Float[Tensor, "batch heads grid grid"]] = field(default_factory=list)
-    """A_score of every layer, before the softmax (STTABT, eq. 1), if they were asked for."""
+    """A_score of every layer, before the softmax (STTABT, eq. 1), if the inner life was asked for."""
+    layer_outputs: list[Float[Tensor, "*tokens dim"]] = field(default_factory=list)
+    """Hidden states that leave every layer, if the inner life was asked for."""
 
     @property
     def first(self) -> Float[Tensor, "batch dim"]:
@@ -172,29 +169,34 @@ class PrunedEncoder(nn.Module):
         layout: Layout,
         pruning: PruningRule | None = None,
         enforce: bool = True,
-        wants_scores: bool = False,
+        wants_inner: bool = False,
     ) -> EncoderOutput:
         """Run the layers on embedded tokens.
 
         With `enforce=False` the pruning is asked and recorded but every token is kept (the warm-up of AD-TP).
-        `wants_scores` also returns every layer's attention scores.
+        `wants_inner` also returns every layer's attention scores and hidden states.
         """
-        trace, scores = PruningTrace(layout.sequences.valid), []
+        trace = PruningTrace(layout.sequences.valid)
+        scores: list[Tensor] = []
+        outputs: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, EncoderLayer)
             decision = None
             if pruning is not None and pruning.decides(number, "before"):
-                decision, layout, gather = _choose(pruning, hidden, layout, None, number, enforce)
+                decision, layout, gather = _choose(pruning, hidden, layout, None, (number, "before"), enforce)
                 hidden = gather(hidden)
             keys, queries, asking = layout, layout, hidden
             if pruning is not None and pruning.decides(number, "queries"):
-                decision, queries, gather = _choose(pruning, hidden, layout, None, number, enforce)
+                trace.entry = trace.entry or decision
+                decision, queries, gather = _choose(pruning, hidden, layout, None, (number, "queries"), enforce)
                 asking = gather(hidden)
             decides_after = pruning is not None and pruning.decides(number, "after")
-            attended = layer.attend(asking, hidden, keys, queries, Wants(decides_after, wants_scores))
+            attended = layer.attend(asking, hidden, keys, queries, Wants(decides_after, wants_inner))
             hidden, layout, context = asking, queries, attended.context
             if pruning is not None and decides_after:
-                decision, layout, gather = _choose(pruning, hidden, layout, attended.received, number, enforce)
+                decision, layout, gather = _choose(
+                    pruning, hidden, layout, attended.received, (number, "after"), enforce
+                )
                 hidden, context = gather(hidden), gather(context)
             hidden = layer.finish(hidden, context)
             if enforce and decision is not None and decision.gate is None and decision.soft is not None:
@@ -202,7 +204,23 @@ class PrunedEncoder(nn.Module):
             trace.layers.append(LayerTrace(keys.alive, queries.alive, layout.alive, decision))
             if attended.scores is not None:
                 scores.append(attended.scores)
-        return EncoderOutput(hidden, layout, trace, scores)
+                outputs.append(hidden)
+        return EncoderOutput(hidden, layout, trace, scores, outputs)
+
+    def attention_scores(
+        self, hidden: Float[Tensor, "*tokens dim"], layout: Layout
+    ) -> list[Float[Tensor, "batch heads grid grid"]]:
+        """Compute the attention scores of every layer before the softmax, and nothing else of the last layer."""
+        *before, last = self.layers
+        scores = []
+        for layer in before:
+            assert isinstance(layer, EncoderLayer)
+            attended = layer.attend(hidden, hidden, layout, layout, Wants(scores=True))
+            hidden = layer.finish(hidden, attended.context)
+            scores.append(attended.scores)
+        assert isinstance(last, EncoderLayer)
+        scores.append(layout.scores(last.query(hidden), last.key(hidden), last.heads))
+        return [one for one in scores if one is not None]
 
     def first_layers(self, count: int) -> "PrunedEncoder":
         """Return a student of the first `count` layers; the weights are shared with this encoder.
@@ -221,10 +239,15 @@ class PrunedEncoder(nn.Module):
 
 
 def _choose(
-    pruning: PruningRule, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int, enforce: bool
+    pruning: PruningRule,
+    hidden: Tensor,
+    layout: Layout,
+    received: Tensor | None,
+    where: tuple[int, Place],
+    enforce: bool,
 ) -> tuple[Decision, Layout, Callable[[Tensor], Tensor]]:
     """Ask the pruning; return its decision, the layout of the survivors, and what reduces a tensor to them."""
-    decision = pruning.decide(hidden, layout, received, layer)
+    decision = pruning.decide(hidden, layout, received, *where)
     if not enforce:
         return decision, layout, lambda tensor: tensor
     return decision, *layout.keep(decision.keep, decision.gate)

@@ -50,11 +50,14 @@ class Sequences:
 
     `protected` tokens are never pruned: the first position always is, separators on request. `fingerprint` is a number
     that depends on the real tokens of a sequence only, so that "random" choices do not change with padding or batch.
+    A pruning with an encoder of its own (STTABT) reads the ids.
     """
 
     valid: Bool[Tensor, "batch tokens"]
     protected: Bool[Tensor, "batch tokens"]
     fingerprint: Int[Tensor, " batch"]
+    input_ids: Int[Tensor, "batch tokens"] | None = None
+    token_type_ids: Int[Tensor, "batch tokens"] | None = None
 
     @property
     def prunable(self) -> Bool[Tensor, "batch tokens"]:
@@ -111,13 +114,14 @@ class Padded:
         and those of no query are never read. Plain products and a softmax: fused kernels have no second derivative.
         """
         batch, tokens, dim = query.shape
-        q, k, v = (x.view(batch, tokens, heads, dim // heads).transpose(1, 2) for x in (query, key, value))
-        scores = q @ k.transpose(2, 3) / (dim // heads) ** 0.5  # (B, H, N, N)
+        v = value.view(batch, tokens, heads, dim // heads).transpose(1, 2)
+        scores = self._products(query, key, heads)
+        alive_scores = scores.masked_fill(~self.alive[:, None, None, :], float("-inf"))
         if self.gate is None:
-            weights = scores.masked_fill(~self.alive[:, None, None, :], float("-inf")).softmax(-1)
+            weights = alive_scores.softmax(-1)
         else:
             # relative to the largest alive score, so that the alive weights are exact whatever was dropped
-            peak = scores.masked_fill(~self.alive[:, None, None, :], float("-inf")).amax(-1, keepdim=True).detach()
+            peak = alive_scores.amax(-1, keepdim=True).detach()
             relative = (scores - peak).masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
             gated = relative.clamp(max=GATE_CEILING).exp() * self.gate[:, None, None, :]
             weights = gated / gated.sum(-1, keepdim=True)
@@ -127,8 +131,18 @@ class Padded:
         return Attended(
             context.transpose(1, 2).reshape(batch, tokens, dim),
             received,
-            scores.masked_fill(~self.alive[:, None, None, :], float("-inf")) if wants.scores else None,
+            alive_scores if wants.scores else None,
         )
+
+    def scores(
+        self, query: Float[Tensor, "batch tokens dim"], key: Float[Tensor, "batch tokens dim"], heads: int
+    ) -> Float[Tensor, "batch heads tokens tokens"]:
+        """Compute q·k/√d_head, -inf at keys that are not alive."""
+        return self._products(query, key, heads).masked_fill(~self.alive[:, None, None, :], float("-inf"))
+
+    def _products(self, query: Tensor, key: Tensor, heads: int) -> Float[Tensor, "batch heads tokens tokens"]:
+        q, k = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key))
+        return q @ k.transpose(2, 3) / q.shape[3] ** 0.5
 
     def first(self, hidden: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         """Return the hidden state of the first position of each sequence."""
@@ -205,6 +219,14 @@ class Packed:
             self.to_grid(torch.cat(received)) if wants.received else None,
             self._on_grid(scores, attending) if wants.scores else None,
         )
+
+    def scores(
+        self, query: Float[Tensor, "total dim"], key: Float[Tensor, "total dim"], heads: int
+    ) -> Float[Tensor, "batch heads grid grid"]:
+        """Compute q·k/√d_head on the grid, -inf where there is no query or no key."""
+        q, k = (x.unflatten(1, (heads, -1)).transpose(0, 1).split(self.counts, 1) for x in (query, key))
+        products = [one_q @ one_k.transpose(1, 2) / one_q.shape[2] ** 0.5 for one_q, one_k in zip(q, k, strict=True)]
+        return self._on_grid(products, self)
 
     def _on_grid(self, scores: list[Tensor], attending: "Packed") -> Float[Tensor, "batch heads grid grid"]:
         """Spread the scores of each sequence, (heads, queries, keys), over the grid, -inf elsewhere."""

@@ -1,10 +1,15 @@
 """What the encoder did with its tokens, layer by layer: the one record that losses, FLOPs, figures and pages read."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Place = Literal["before", "queries", "after"]
+"""Where in a layer tokens can leave: before it (they are no keys either), as queries and outputs while they still serve
+as keys, or after the attention (they have attended, but do not go on)."""
 
 
 @dataclass
@@ -49,6 +54,8 @@ class PruningTrace:
 
     valid: Bool[Tensor, "batch tokens"]
     layers: list[LayerTrace] = field(default_factory=list)
+    entry: Decision | None = None
+    """Which tokens enter the first layer, where each layer then decides on its queries (a plan)."""
 
     @property
     def decisions(self) -> list[Decision]:

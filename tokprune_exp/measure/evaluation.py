@@ -9,7 +9,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from tokprune_exp.data.batch import Batch
-from tokprune_exp.measure.flops import FlopsReport, check_against_fvcore, count_with_fvcore, encoder_macs
+from tokprune_exp.encoder.cost import encoder_macs
+from tokprune_exp.measure.flops import FlopsReport, check_against_fvcore, count_with_fvcore
 from tokprune_exp.measure.metrics import evaluate_metrics
 from tokprune_exp.model import PrunedClassifier
 

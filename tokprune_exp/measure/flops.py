@@ -9,35 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from tokprune_exp.encoder.cost import dense_encoder_macs, encoder_macs
 from tokprune_exp.encoder.trace import PruningTrace
 
 STTABT_CHUNK = 1024
 """Examples that STTABT pads together to the longest of them."""
-
-
-def layer_macs(
-    dim: int,
-    ff_dim: int,
-    keys: Int[Tensor, "*layers"] | Float[Tensor, "*layers"],
-    queries: Int[Tensor, "*layers"] | Float[Tensor, "*layers"],
-    outputs: Int[Tensor, "*layers"] | Float[Tensor, "*layers"],
-) -> Int[Tensor, "*layers"] | Float[Tensor, "*layers"]:
-    """Multiply-adds that one layer executes on |K| keys, |Q| queries and |O| outputs (or on soft counts of them).
-
-    2d²|K| (keys, values) + d²|Q| (queries) + 2d|Q||K| (scores, mixing) + d²|O| (output projection) + 2df|O|
-    (feed-forward). Equal to fvcore's and torch's counts of the same forward.
-    """
-    attention = 2 * dim**2 * keys + dim**2 * queries + 2 * dim * queries * keys
-    return attention + (dim**2 + 2 * dim * ff_dim) * outputs
-
-
-def encoder_macs(trace: PruningTrace, dim: int, ff_dim: int) -> Int[Tensor, " batch"]:
-    """Multiply-adds that the encoder executes for each example, unpadded, summed over layers."""
-    counts = (trace.counts(tokens) for tokens in ("keys", "queries", "outputs"))
-    return layer_macs(dim, ff_dim, *counts).sum(1)
 
 
 def ltp_encoder_macs(trace: PruningTrace, dim: int, ff_dim: int) -> Int[Tensor, " batch"]:
@@ -45,11 +24,6 @@ def ltp_encoder_macs(trace: PruningTrace, dim: int, ff_dim: int) -> Int[Tensor, 
     queries = trace.counts("queries")
     charged_late = (queries - trace.counts("outputs")).sum(1)
     return encoder_macs(trace, dim, ff_dim) + dim**2 * charged_late
-
-
-def dense_encoder_macs(lengths: Int[Tensor, " batch"], layers: int, dim: int, ff_dim: int) -> Int[Tensor, " batch"]:
-    """Multiply-adds of the unpruned encoder at these lengths: L·(4d²n + 2dn² + 2dfn)."""
-    return layers * layer_macs(dim, ff_dim, lengths, lengths, lengths)
 
 
 @dataclass

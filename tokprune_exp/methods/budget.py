@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokprune_exp.data.batch import Batch
+from tokprune_exp.encoder.cost import dense_encoder_macs, encoder_macs, layer_macs
 from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.errors import UserError
-from tokprune_exp.measure.flops import dense_encoder_macs, encoder_macs, layer_macs
 from tokprune_exp.model import PrunedClassifier, without_dropout
 
 CLOSE_ENOUGH = 0.002
@@ -34,16 +34,21 @@ def cost_share(model: PrunedClassifier, batches: Iterable[Batch]) -> float:
 
 
 def soft_cost_share(trace: PruningTrace, dim: int, ff_dim: int) -> Float[Tensor, ""]:
-    """Compute the expected share of the unpruned FLOPs, as if each token passed layer l with probability M̃^l.
+    """Compute the expected share of the unpruned FLOPs under soft masks; the cost of a layer is that of `layer_macs`.
 
-    The expected number of tokens after layer l is Σ_i Π_{k≤l} M̃^k_i; the cost of a layer is that of `layer_macs`.
+    Layer by layer (LTP) a token passes layer l with probability M̃^l, so Σ_i Π_{k≤l} M̃^k_i tokens leave it. In a plan
+    (STTABT) the masks say what is there: Σ m^l keys, Σ m^{l+1} queries and outputs.
     """
     alive, cost = trace.valid.float(), torch.zeros((), device=trace.valid.device)
+    is_plan = trace.entry is not None
+    if trace.entry is not None and trace.entry.soft is not None:
+        alive = trace.entry.soft
     for layer in trace.layers:
         before = alive.sum(1)
         if layer.decision is not None and layer.decision.soft is not None:
-            alive = alive * layer.decision.soft
-        cost = cost + layer_macs(dim, ff_dim, before, before, alive.sum(1)).sum()
+            alive = layer.decision.soft if is_plan else alive * layer.decision.soft
+        queries = alive.sum(1) if is_plan else before
+        cost = cost + layer_macs(dim, ff_dim, before, queries, alive.sum(1)).sum()
     return cost / dense_encoder_macs(trace.lengths, len(trace.layers), dim, ff_dim).sum()
 
 

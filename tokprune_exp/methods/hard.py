@@ -15,7 +15,12 @@ from tokprune_exp.model import PrunedClassifier
 
 
 class HardPruning(StudentModule):
-    """L = L_CE on the pruned pass, from the weights of the dense model; `budget` holds the cost."""
+    """L = L_CE on the pruned pass, from the weights of the dense model; `budget` holds the cost.
+
+    With no epochs the dense model's weights are pruned as they are.
+    """
+
+    fewest_epochs = 0
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class HardPruning(StudentModule):
     def prune_hard(self, data: TaskData, device: torch.device) -> None:
         """Start from the dense model, at the budget."""
         self.start_from_teacher()
+        self.model.to(device)
         self.aim_at_budget(data, device)
 
     def aim_at_budget(self, data: TaskData, device: torch.device) -> None:
@@ -57,6 +63,8 @@ class HardPruning(StudentModule):
         if self.budget is not None:
             self.draw_calibration(data, device)
             self.target_share = self.budget
+            if not self.epochs:  # no training whose steps would do it
+                self.hold_share()
 
     def terms(self, batch: Batch) -> Terms:
         """Compute the task loss of the pruned pass."""

@@ -1,14 +1,15 @@
 """What every method shares: the training step, the metric that chooses epochs, the optimizer. No method's maths."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -37,6 +38,12 @@ class Stage:
     """Which epoch's weights count: the best by the first metric on the selection slice, or the last."""
     before: Callable[[TaskData, torch.device], None] | None = None
     """Runs on the training device when the earlier stages have ended and before this one starts or resumes."""
+    chooses_by: str | None = None
+    """Name of a logged error whose smallest value chooses the epoch; None: the largest first metric."""
+    patience: int | None = None
+    """Epochs without a better one after which the training ends early."""
+    shared: Callable[[TaskData], tuple[Path, nn.Module]] | None = None
+    """Where weights lie that other runs may have trained already, and the module that they are for."""
 
 
 class PruningModule(LightningModule):
@@ -45,6 +52,8 @@ class PruningModule(LightningModule):
     `optimizer` builds the optimizer from parameter groups. The learning rate rises over the first `warmup_fraction` of
     the steps and then falls linearly to 0. Parameters of scorer and retainer use `pruner_lr`.
     """
+
+    fewest_epochs: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -56,8 +65,8 @@ class PruningModule(LightningModule):
         pruner_lr: float | None = None,
     ) -> None:
         super().__init__()
-        if epochs < 1:
-            raise ValueError(f"method.epochs={epochs} must be at least 1")
+        if epochs < self.fewest_epochs:
+            raise ValueError(f"method.epochs={epochs} must be at least {self.fewest_epochs}")
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"method.warmup_fraction={warmup_fraction} must be at least 0 and below 1")
         self.model = model
@@ -87,6 +96,10 @@ class PruningModule(LightningModule):
         """Training progress u of the stage, from 0 to 1."""
         return self.trainer.global_step / max(1, int(self.trainer.estimated_stepping_batches))
 
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this training may change, by name: the model."""
+        return self.model.named_parameters()
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Compute the loss, log its terms, and stop at the first one that is not a number."""
         terms = self.terms(batch)
@@ -115,16 +128,24 @@ class PruningModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the norm of all gradients; Lightning refuses to where a fused optimizer could also unscale fp16."""
+        """Clip the gradients of the pruning and those of everything else, each by its own norm.
+
+        Together, LTP's thresholds, with a gradient fifty times that of all weights, would scale the weights' steps too.
+        Lightning's clipping, needed for fp16, refuses a fused optimizer, and knows one norm only.
+        """
         if self.trainer.precision == "16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            for is_pruner in (False, True):
+                parameters = [
+                    one for name, one in self.trained_parameters() if name.startswith("pruning.") == is_pruner
+                ]
+                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build parameter groups (no decay for biases and norms, own rate for the pruning) and the linear schedule."""
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.trained_parameters():
             if parameter.requires_grad:
                 is_pruner = name.startswith("pruning.") and self.pruner_lr is not None
                 groups.setdefault((is_pruner, parameter.dim() > 1), []).append(parameter)

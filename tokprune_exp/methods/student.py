@@ -49,6 +49,7 @@ class StudentModule(PruningModule):
         self.budget = budget
         self.target_share: float | None = None
         self.calibration: list[Batch] = []
+        self.held_at = -1
 
     @property
     def scorer(self) -> Scorer:
@@ -90,7 +91,8 @@ class StudentModule(PruningModule):
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Hold the share, a few times in a stage."""
         every = max(1, int(self.trainer.estimated_stepping_batches) // CALIBRATIONS)
-        if self.trainer.global_step % every == 0:
+        if self.trainer.global_step % every == 0 and self.trainer.global_step != self.held_at:
+            self.held_at = self.trainer.global_step  # with accumulated gradients several batches make a step
             self.hold_share()
 
     def on_validation_epoch_start(self) -> None:

@@ -6,25 +6,40 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokprune_exp.encoder.encoder import Place
+from tokprune_exp.encoder.encoder import PrunedEncoder, PruningRule
 from tokprune_exp.encoder.layout import Layout
-from tokprune_exp.encoder.trace import Decision, PruningTrace
+from tokprune_exp.encoder.trace import Decision, Place, PruningTrace
 from tokprune_exp.pruning.retainers import (
     AdaptiveRatio,
+    Backtracking,
+    Concrete,
     KeepAll,
+    LayerRetainer,
     LearnedThreshold,
     ManualThreshold,
+    Planner,
     RandomRatio,
     Retainer,
     StaticRatio,
     TopKSchedule,
 )
-from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, Scorer, TokenSaliency
+from tokprune_exp.pruning.scorers import (
+    ApproxAttention,
+    AttentionMass,
+    AttentionSource,
+    ExactAttention,
+    RandomScores,
+    Scorer,
+    TokenSaliency,
+    TokenScorer,
+)
 
 SCORERS: dict[str, type[Scorer]] = {
     "token_saliency": TokenSaliency,
     "attention_mass": AttentionMass,
     "random": RandomScores,
+    "approx_attention": ApproxAttention,
+    "exact_attention": ExactAttention,
 }
 RETAINERS: dict[str, type[Retainer]] = {
     "keep_all": KeepAll,
@@ -34,6 +49,8 @@ RETAINERS: dict[str, type[Retainer]] = {
     "learned_threshold": LearnedThreshold,
     "manual_threshold": ManualThreshold,
     "topk": TopKSchedule,
+    "backtracking": Backtracking,
+    "concrete": Concrete,
 }
 
 
@@ -49,29 +66,53 @@ class Prescribed:
         """Prune at the given place only."""
         return (layer, place) == (self.layer, self.place)
 
-    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int) -> Decision:
+    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int, place: Place) -> Decision:
         """Keep what was prescribed."""
         return Decision(self.keep.float(), self.keep)
 
 
 class Pruning(nn.Module):
-    """Any scorer with any retainer; the scorer's kind says when in a layer the choice is made."""
+    """A scorer with a retainer; the scorer's kind says when the choice is made."""
 
     def __init__(self, scorer: Scorer, retainer: Retainer) -> None:
         super().__init__()
         for part, registry in ((scorer, SCORERS), (retainer, RETAINERS)):
             if type(part) not in registry.values():
                 raise ValueError(f"{type(part).__name__} is not in SCORERS or RETAINERS, so no model could be saved")
+        if isinstance(scorer, AttentionSource) != isinstance(retainer, Planner):
+            raise ValueError(
+                f"{type(scorer).__name__} and {type(retainer).__name__} do not fit: scorer=approx_attention or "
+                f"exact_attention goes with retainer=backtracking or concrete, and no other"
+            )
         self.scorer, self.retainer = scorer, retainer
+
+    def attach(self, encoder: PrunedEncoder) -> None:
+        """Let the scorer build what depends on the encoder's sizes, when a classifier is put together."""
+        self.scorer.attach(encoder)
+
+    def rule(self, encoder: PrunedEncoder, embeddings: Float[Tensor, "*tokens dim"], layout: Layout) -> PruningRule:
+        """Return what the encoder asks on this batch: a plan for all layers, or this pruning itself."""
+        if not isinstance(self.retainer, Planner):
+            return self
+        assert isinstance(self.scorer, AttentionSource)
+        scores = self.scorer.scores(encoder, embeddings, layout)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.retainer.plan([one.float() for one in scores], layout)
+
+    @property
+    def layerwise(self) -> tuple[TokenScorer, LayerRetainer]:
+        """The two parts where each layer decides for itself."""
+        assert isinstance(self.scorer, TokenScorer) and isinstance(self.retainer, LayerRetainer)
+        return self.scorer, self.retainer
 
     @property
     def place(self) -> Place:
         """Where in a layer this scorer can say what is important."""
-        return "after" if self.scorer.reads_attention else "before"
+        return "after" if self.layerwise[0].reads_attention else "before"
 
     def decides(self, layer: int, place: Place) -> bool:
         """Whether tokens are chosen at this place of the encoder."""
-        return self.retainer.prunes_at(layer) and place == self.place
+        return self.layerwise[1].prunes_at(layer) and place == self.place
 
     def decide(
         self,
@@ -79,17 +120,22 @@ class Pruning(nn.Module):
         layout: Layout,
         received: Float[Tensor, "batch grid"] | None,
         layer: int,
+        place: Place,
     ) -> Decision:
         """Score the alive tokens, then choose among them; in fp32, since bf16 would make ties."""
+        scorer, retainer = self.layerwise
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, received = hidden.float(), None if received is None else received.float()
-            return self.retainer(self.scorer(hidden, layout, received), hidden, layout, layer)
+            return retainer(scorer(hidden, layout, received), hidden, layout, layer)
 
     def macs(self, trace: PruningTrace) -> Int[Tensor, " batch"]:
         """Count the multiply-adds of scoring and choosing, per sequence: the overhead of pruning."""
+        if isinstance(self.scorer, AttentionSource):
+            return self.scorer.macs(trace.lengths)
+        scorer, retainer = self.layerwise
         total = trace.lengths * 0
         for number in range(len(trace.layers)):
-            if self.retainer.prunes_at(number):
+            if retainer.prunes_at(number):
                 before = trace.layers[number - 1].outputs if number else trace.valid
-                total = total + before.sum(1) * self.scorer.macs_per_token() + self.retainer.macs_per_sequence()
+                total = total + before.sum(1) * scorer.macs_per_token() + retainer.macs_per_sequence()
         return total

@@ -1,15 +1,22 @@
 """Retainers: importances → which tokens stay, hard (a boolean mask) and, to learn from, a gate or a soft mask."""
 
-from tokprune_exp.pruning.retainers.base import KeepAll, Retainer
+from tokprune_exp.pruning.retainers.backtracking import Backtracking
+from tokprune_exp.pruning.retainers.base import KeepAll, LayerRetainer, Plan, Planner, Retainer
+from tokprune_exp.pruning.retainers.concrete import Concrete
 from tokprune_exp.pruning.retainers.ratio import AdaptiveRatio, RandomRatio, RatioRetainer, StaticRatio
 from tokprune_exp.pruning.retainers.threshold import LearnedThreshold, ManualThreshold
 from tokprune_exp.pruning.retainers.topk import TopKSchedule
 
 __all__ = [
     "AdaptiveRatio",
+    "Backtracking",
+    "Concrete",
     "KeepAll",
+    "LayerRetainer",
     "LearnedThreshold",
     "ManualThreshold",
+    "Plan",
+    "Planner",
     "RandomRatio",
     "RatioRetainer",
     "Retainer",

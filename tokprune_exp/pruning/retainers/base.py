@@ -5,6 +5,7 @@ scorer that reads hidden states it prunes before a layer, with one that reads at
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tokprune_exp.encoder.layout import Layout
-from tokprune_exp.encoder.trace import Decision
+from tokprune_exp.encoder.trace import Decision, Place
 
 
 class Retainer(nn.Module, ABC):
@@ -36,6 +37,14 @@ class Retainer(nn.Module, ABC):
         """Register the knob at its first value."""
         self.register_buffer("knob", torch.tensor(value, dtype=torch.float64))
 
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor arguments besides `dim` and `layers`, to be stored beside the weights."""
+        return {"keeps_separators": self.keeps_separators}
+
+
+class LayerRetainer(Retainer):
+    """Chooses from importances, at one layer after the other."""
+
     @abstractmethod
     def prunes_at(self, layer: int) -> bool:
         """Whether tokens are dropped at this 0-based layer."""
@@ -46,16 +55,38 @@ class Retainer(nn.Module, ABC):
     ) -> Decision:
         """Choose the tokens to keep at `layer`; hidden states are those before pruning."""
 
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor arguments besides `dim` and `layers`, to be stored beside the weights."""
-        return {"keeps_separators": self.keeps_separators}
-
     def macs_per_sequence(self) -> int:
         """Count the multiply-adds that one sequence costs at each layer where tokens are dropped."""
         return 0
 
 
-class KeepAll(Retainer):
+@dataclass(frozen=True)
+class Plan:
+    """What every layer computes, known before the first one.
+
+    `decisions[0]` are the keys of layer 1, `decisions[l]` the queries and outputs of layer l, the keys of layer l + 1.
+    """
+
+    decisions: list[Decision]
+
+    def decides(self, layer: int, place: Place) -> bool:
+        """Once before the first layer, then in every layer when the keys are there and the queries are not."""
+        return place == "queries" or (place == "before" and layer == 0)
+
+    def decide(self, hidden: Tensor, layout: Layout, received: Tensor | None, layer: int, place: Place) -> Decision:
+        """Look it up."""
+        return self.decisions[0 if place == "before" else layer + 1]
+
+
+class Planner(Retainer):
+    """Chooses from the attention of all layers, from the last one back to the first (STTABT)."""
+
+    @abstractmethod
+    def plan(self, scores: list[Float[Tensor, "batch heads grid grid"]], layout: Layout) -> Plan:
+        """Decide for every layer from its attention scores before the softmax."""
+
+
+class KeepAll(LayerRetainer):
     """Keeps everything: the unpruned model."""
 
     prunes = False

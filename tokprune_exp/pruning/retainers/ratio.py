@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision
-from tokprune_exp.pruning.retainers.base import Retainer, prunable_and_protected
+from tokprune_exp.pruning.retainers.base import LayerRetainer, prunable_and_protected
 from tokprune_exp.pruning.selection import keep_top, uniform_noise
 
 
-class RatioRetainer(Retainer):
+class RatioRetainer(LayerRetainer):
     """Keeps the protected tokens and the ⌈ρ·|V|⌉ most important of the prunable ones; subclasses choose ρ.
 
     So the share of all real tokens that stays, the retention, is above ρ: by the rounding and by [CLS], most in short
@@ -74,7 +74,7 @@ class RatioRetainer(Retainer):
         scaled = importance / (mean_square[:, None] + 1e-12).sqrt()
         smallest_kept = scaled.masked_fill(~(keep & prunable), float("inf")).amin(1, keepdim=True).detach()
         soft = ((scaled - smallest_kept) / self.gate_temperature).sigmoid().masked_fill(~prunable, 0.0)
-        return keep + soft - soft.detach()
+        return keep + (soft - soft.detach())
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim`."""

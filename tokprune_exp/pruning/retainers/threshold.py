@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision
-from tokprune_exp.pruning.retainers.base import Retainer, prunable_and_protected
+from tokprune_exp.pruning.retainers.base import LayerRetainer, prunable_and_protected
 
 
-class ManualThreshold(Retainer):
+class ManualThreshold(LayerRetainer):
     """Thresholds that rise linearly and are not learned: LTP's own ablation.
 
     The knob is the logarithm of a common factor of all thresholds, so a budget keeps their profile over the layers.
@@ -125,7 +125,7 @@ class LearnedThreshold(ManualThreshold):
         above = ((importance - self.thresholds[layer]) / self.temperature).sigmoid()
         soft = torch.where(prunable, above, protected.to(above.dtype))
         if self.relaxation == "straight_through":
-            return replace(hard, gate=hard.keep + soft - soft.detach(), soft=soft)
+            return replace(hard, gate=hard.keep + (soft - soft.detach()), soft=soft)
         return replace(hard, keep=layout.alive, soft=soft)
 
     def settings(self) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision
-from tokprune_exp.pruning.retainers.base import Retainer, prunable_and_protected
+from tokprune_exp.pruning.retainers.base import LayerRetainer, prunable_and_protected
 from tokprune_exp.pruning.selection import kept_count, ranks
 
 
-class TopKSchedule(Retainer):
+class TopKSchedule(LayerRetainer):
     """Layer l (1-based) keeps the ⌈r_l·n⌉ most important tokens; n counts the real, prunable tokens of the text.
 
     r_l = 1 − (1 − ratio)·l/L falls linearly to `ratio`, the share that leaves the last layer; `shares` gives every

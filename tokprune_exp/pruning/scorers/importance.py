@@ -1,10 +1,9 @@
-"""Scorers: what the encoder knows at one moment → an importance per token.
+"""Scorers per layer: what the encoder knows at one moment → an importance per token.
 
-A scorer that reads hidden states decides before the attention of a layer, one that reads the attention after it.
-Every class takes the encoder's `dim` first; its other arguments are its keys in `conf/scorer`.
+One that reads hidden states decides before the attention of a layer, one that reads the attention after it.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokprune_exp.encoder.layout import Layout
+from tokprune_exp.pruning.scorers.base import Scorer
 from tokprune_exp.pruning.selection import uniform_noise
 
 
-class Scorer(nn.Module, ABC):
-    """Gives each token an importance; larger is more important."""
+class TokenScorer(Scorer):
+    """Gives each token an importance at one layer; larger is more important."""
 
     reads_attention: ClassVar[bool] = False
 
@@ -26,16 +26,12 @@ class Scorer(nn.Module, ABC):
     ) -> Float[Tensor, "batch grid"]:
         """Compute the importance of every alive token, on the grid."""
 
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor arguments besides `dim`, to be stored beside the weights."""
-
     def macs_per_token(self) -> int:
         """Count the multiply-adds that scoring one token costs, beyond what the encoder computes anyway."""
         return 0
 
 
-class TokenSaliency(Scorer):
+class TokenSaliency(TokenScorer):
     """AD-TP's token saliency predictor: S_i = act(w₂ᵀ ReLU(W₁ h_i + b₁) + b₂), docs/adtp.md 4.
 
     The slides draw an outer ReLU (`activation: relu`); it makes many exact ties at 0, so softplus is the default.
@@ -72,7 +68,7 @@ class TokenSaliency(Scorer):
         return self.dim * self.hidden_dim + self.hidden_dim
 
 
-class AttentionMass(Scorer):
+class AttentionMass(TokenScorer):
     """Attention received, s_i = 1/(H·norm) Σ_h Σ_j A_h[j, i] (LTP, eq. 7).
 
     `normalisation: length` divides by the alive tokens (the paper), `constant` by a fixed number (the official code's
@@ -102,7 +98,7 @@ class AttentionMass(Scorer):
         return {"normalisation": self.normalisation, "constant": self.constant}
 
 
-class RandomScores(Scorer):
+class RandomScores(TokenScorer):
     """A fixed random importance per (sequence, position): the lower bound that every scorer must beat."""
 
     def __init__(self, dim: int, seed: int = 0) -> None:

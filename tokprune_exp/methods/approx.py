@@ -1,0 +1,187 @@
+"""ApproxNet learns to attend as the large encoder does: the first stage of STTABT (3.2; TinyBERT's distillation).
+
+    L_att   1/(L·H·n) Σ_l Σ_h Σ_j KL(A_prob^l[h, j] ‖ Â_prob^l[h, j])    eq. 2, rows and keys of real tokens
+    L_hid   1/L Σ_l mean (W_l ĥ^l − h^l)²                            outputs of layers 1 … L
+    L_emb   mean (W_e ê − e)²
+    L_pred  mean (softmax ẑ − softmax z)²
+    L       their sum
+
+The projections W and a head of its own are used in training only. `hidden: code` compares h^0 … h^{L−1} instead, as the
+official code does (off by one). The epoch with the smallest KL on the selection slice counts.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from tokprune_exp.data.attributions import weights_digest
+from tokprune_exp.data.batch import Batch
+from tokprune_exp.data.module import TaskData
+from tokprune_exp.data.tokenise import sha256_of
+from tokprune_exp.head import Head
+from tokprune_exp.methods.module import PruningModule, Stage, Terms
+from tokprune_exp.model import PrunedClassifier, without_dropout
+from tokprune_exp.pruning.scorers import ApproxAttention
+
+VERSION = 1
+"""Raised when a cached ApproxNet would no longer be the one that is trained now."""
+
+
+class ApproxDistillation(PruningModule):
+    """Trains the ApproxNet of a model's scorer; everything else of the model is the frozen teacher."""
+
+    def __init__(
+        self,
+        model: PrunedClassifier,
+        metrics: list[str],
+        optimizer: Callable[..., Optimizer],
+        epochs: int,
+        patience: int | None,
+        hidden: Literal["paper", "code"] = "paper",
+    ) -> None:
+        super().__init__(model, metrics, optimizer, epochs)
+        self.patience, self.hidden = patience, hidden
+        large, small = model.encoder.shape, self.approx.net.shape
+        self.projections = nn.ModuleList(nn.Linear(small.dim, large.dim) for _ in range(large.layers + 1))
+        self.small_head = Head(small.dim, model.head.classifier.out_features)
+        self.errors: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def approx(self) -> ApproxAttention:
+        """The scorer whose network is trained."""
+        assert self.model.pruning is not None and isinstance(self.model.pruning.scorer, ApproxAttention)
+        return self.model.pruning.scorer
+
+    def stages(self) -> list[Stage]:
+        """One training, or none where another run has done it."""
+        return [
+            Stage(
+                "approx",
+                self,
+                self.epochs,
+                chooses_by="attention_kl",
+                patience=self.patience,
+                shared=self.shared_weights,
+            )
+        ]
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The small network and what is used in its training only."""
+        return chain(
+            self.approx.net.named_parameters(), self.projections.named_parameters(), self.small_head.named_parameters()
+        )
+
+    def shared_weights(self, data: TaskData) -> tuple[Path, nn.Module]:
+        """Say where this ApproxNet lies once it is trained: named by all that determines it, whatever k is."""
+        teacher = nn.ModuleList([self.model.encoder, self.model.head])
+        key = sha256_of(
+            VERSION,
+            weights_digest(teacher),
+            data.train.fingerprint,
+            data.selection.fingerprint,
+            self.approx.settings(),
+            {"epochs": self.epochs, "patience": self.patience, "hidden": self.hidden, "seed": data.settings.seed},
+            {"batch_size": data.settings.batch_size, "optimizer": str(self.build_optimizer)},
+        )
+        return data.cache / "approxnets" / f"{key}.safetensors", self.approx.net
+
+    def terms(self, batch: Batch) -> Terms:
+        """Compute the four distillation losses."""
+        valid = batch.valid
+        with torch.no_grad(), without_dropout(self.model.encoder), without_dropout(self.model.head):
+            embeddings, layout = self.model.start(batch)
+            large = self.model.encoder(embeddings, layout, wants_inner=True)
+            answer = self.model.head(large.first)
+        net = self.approx.net
+        small_embeddings = net.embed(batch.input_ids, batch.token_type_ids, layout)
+        small = net(small_embeddings, layout, wants_inner=True)
+
+        first, last = (0, -1) if self.hidden == "code" else (1, None)
+        theirs = [embeddings, *large.layer_outputs][first:last]
+        ours = [small_embeddings, *small.layer_outputs][first:last]
+        pairs = zip(self.projections[1:], ours, theirs, strict=True)
+        distances = [masked_mean_square(project(one) - other, valid) for project, one, other in pairs]
+        kl = [attention_kl(a, b, valid).mean() for a, b in zip(large.scores, small.scores, strict=True)]
+        parts = {
+            "attention": torch.stack(kl).mean(),
+            "hidden": torch.stack(distances).mean(),
+            "embedding": masked_mean_square(self.projections[0](small_embeddings) - embeddings, valid),
+            "prediction": prediction_distance(self.small_head(small.first).float(), answer.float()),
+        }
+        return Terms(torch.stack(list(parts.values())).sum(), parts)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Collect the approximation error on the selection slice."""
+        embeddings, layout = self.model.start(batch)
+        large = self.model.encoder(embeddings, layout, wants_inner=True).scores
+        small = self.approx.scores(self.model.encoder, embeddings, layout)
+        kl = torch.stack([attention_kl(a, b, batch.valid) for a, b in zip(large, small, strict=True)])
+        mse = torch.stack([attention_mse(a, b, batch.valid) for a, b in zip(large, small, strict=True)])
+        self.errors.append((kl.mean(0), mse.mean(0)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log KL and mean squared error of the attention, means over texts, layers and heads."""
+        kl, mse = (torch.cat(parts).mean() for parts in zip(*self.errors, strict=True))
+        self.errors.clear()
+        self.log(f"{self.prefix}/selection_attention_kl", kl, prog_bar=True)
+        self.log(f"{self.prefix}/selection_attention_mse", mse)
+
+    @torch.no_grad()
+    def approximation_error(self, data: TaskData, device: torch.device | str) -> dict[str, float]:
+        """Measure the error on the selection slice (STTABT, Table A.1)."""
+        self.to(device)
+        with without_dropout(self):
+            for index, batch in enumerate(data.val_dataloader()):
+                self.validation_step(batch.to(device), index)
+        kl, mse = (float(torch.cat(parts).mean()) for parts in zip(*self.errors, strict=True))
+        self.errors.clear()
+        return {"kl": kl, "mse": mse}
+
+
+def attention_kl(
+    large: Float[Tensor, "batch heads tokens tokens"],
+    small: Float[Tensor, "batch heads tokens tokens"],
+    valid: Bool[Tensor, "batch tokens"],
+) -> Float[Tensor, " batch"]:
+    """Compute 1/(H·n) Σ_h Σ_{j real} KL(A_prob[h, j] ‖ Â_prob[h, j]) of scores before the softmax (eq. 2)."""
+    rows = valid[:, None, :, None]
+    log_large, log_small = (x.float().masked_fill(~rows, 0.0).log_softmax(-1) for x in (large, small))
+    keys = valid[:, None, None, :]
+    gap = (log_large - log_small).masked_fill(~(rows & keys), 0.0)
+    divergence = (log_large.exp() * gap).sum(-1)
+    return divergence.mean(1).sum(-1) / valid.sum(1)
+
+
+def attention_mse(
+    large: Float[Tensor, "batch heads tokens tokens"],
+    small: Float[Tensor, "batch heads tokens tokens"],
+    valid: Bool[Tensor, "batch tokens"],
+) -> Float[Tensor, " batch"]:
+    """Compute 1/(H·n²) Σ (A_prob − Â_prob)² over real rows and keys."""
+    rows = valid[:, None, :, None]
+    ours, theirs = (x.float().masked_fill(~rows, 0.0).softmax(-1) for x in (small, large))
+    squares = (ours - theirs).square() * (rows & valid[:, None, None, :])
+    return squares.mean(1).sum((-1, -2)) / valid.sum(1).square()
+
+
+def masked_mean_square(
+    difference: Float[Tensor, "batch tokens dim"], valid: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, ""]:
+    """Compute the mean square over the real tokens."""
+    return difference.float()[valid].square().mean()
+
+
+def prediction_distance(
+    small: Float[Tensor, "batch outputs"], large: Float[Tensor, "batch outputs"]
+) -> Float[Tensor, ""]:
+    """Compute the mean squared distance of the answers: of probabilities, or of scores in regression."""
+    if small.shape[1] == 1:
+        return F.mse_loss(small, large)
+    return F.mse_loss(small.softmax(-1), large.softmax(-1))

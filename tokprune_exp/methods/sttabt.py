@@ -1,0 +1,147 @@
+"""STTABT: sparse token Transformers with attention back-tracking. The plan is known before the first layer.
+
+    Â       attention of every layer, from a small distilled network              scorers.ApproxAttention, approx.py
+    plan    from [CLS] in the last layer back to the first: who was attended to   retainers.Backtracking (Algorithm 1)
+            or with a learned number of tokens per layer                          retainers.Concrete (eqs. 3 to 5)
+    L       L_CE + λ_p Σ_l (θ^l − θ_init)² + λ_mask (mean_l mean_t m_t^l − p_init)²      eq. 6 (Concrete only)
+
+so that a layer computes keys for its own tokens, but queries, outputs and feed-forward only for those of the next one;
+the last layer only for [CLS]. Stages: teacher (the dense model), approx (ApproxNet, shared by all runs that would train
+the same one), then, with Concrete, soft and hard as in LTP. Back-tracking with a fixed k needs no training of the model
+(`method.epochs=0`); a number of epochs fine-tunes it under its plan.
+
+`scorer=exact_attention` plans from the attention of the unpruned model itself: the upper bound, at a whole pass's cost.
+With a `budget`, μ·(soft cost − budget)² takes the place of the second regulariser, and the knob (k, or a shift of θ)
+holds the cost. The ApproxNet's own cost is in it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.optim import Optimizer
+
+from tokprune_exp import losses
+from tokprune_exp.data.batch import Batch
+from tokprune_exp.data.module import TaskData
+from tokprune_exp.losses import STTABTLoss
+from tokprune_exp.methods.approx import ApproxDistillation
+from tokprune_exp.methods.budget import soft_cost_share
+from tokprune_exp.methods.finetune import Finetune
+from tokprune_exp.methods.hard import HardPruning
+from tokprune_exp.methods.module import Stage, Terms
+from tokprune_exp.model import PrunedClassifier
+from tokprune_exp.pruning.retainers import Concrete, Planner
+from tokprune_exp.pruning.scorers import ApproxAttention
+
+
+class STTABT(HardPruning):
+    """Distils the ApproxNet, then trains the model under its plan."""
+
+    def __init__(
+        self,
+        model: PrunedClassifier,
+        metrics: list[str],
+        optimizer: Callable[..., Optimizer],
+        loss: STTABTLoss,
+        teacher: Finetune | None = None,
+        teacher_is_trained: bool = False,
+        initialises_student: bool = False,
+        budget: float | None = None,
+        approx_epochs: int = 10,
+        approx_patience: int | None = 3,
+        approx_lr: float = 1e-3,
+        approx_hidden: Literal["paper", "code"] = "paper",
+        trains_approx: bool = False,
+        soft_epochs: int = 2,
+        epochs: int = 1,
+        warmup_fraction: float = 0.1,
+        pruner_lr: float = 1e-2,
+    ) -> None:
+        super().__init__(
+            model,
+            metrics,
+            optimizer,
+            teacher,
+            teacher_is_trained,
+            initialises_student,
+            budget,
+            epochs,
+            warmup_fraction,
+            pruner_lr,
+        )
+        if not isinstance(self.retainer, Planner):
+            raise ValueError("sttabt plans ahead: retainer=backtracking or concrete")
+        self.loss, self.soft_epochs, self.trains_approx = loss, soft_epochs, trains_approx
+        self.learns_theta = False
+        self.distillation: tuple[ApproxDistillation, ...] = ()
+        if isinstance(self.scorer, ApproxAttention):
+            rate = partial(optimizer, lr=approx_lr)
+            self.distillation = (
+                ApproxDistillation(model, metrics, rate, approx_epochs, approx_patience, approx_hidden),
+            )
+
+    def stages(self) -> list[Stage]:
+        """The dense model, the ApproxNet, then soft and hard masks, or one training under the plan, or none."""
+        approx = [stage for one in self.distillation for stage in one.stages()]
+        for stage in approx:
+            stage.before = self.start_approx
+        if isinstance(self.retainer, Concrete):
+            soft = [Stage("soft", self, self.soft_epochs, before=self.soften, keeps="last")]
+        else:
+            soft = []
+        return [*self.teacher_stages(), *approx, *soft, Stage("hard", self, self.epochs, before=self.prune_hard)]
+
+    def start_approx(self, data: TaskData, device: torch.device) -> None:
+        """Start from the dense model, and the ApproxNet where its initialisation says; measure how far off it is."""
+        self.start_from_teacher()
+        (distillation,) = self.distillation
+        distillation.approx.initialise(self.model.encoder)
+        self.findings["approximation"] = {"untrained": distillation.approximation_error(data, device)}
+
+    def soften(self, data: TaskData, device: torch.device) -> None:
+        """Learn θ through the concrete mask."""
+        self.finish_approx(data, device)
+        self.learns_theta = True
+
+    def prune_hard(self, data: TaskData, device: torch.device) -> None:
+        """From now on the plan is hard; θ is frozen."""
+        self.learns_theta = False
+        self.finish_approx(data, device)
+        if isinstance(self.retainer, Concrete):
+            self.retainer.theta.requires_grad_(False)
+        self.aim_at_budget(data, device)
+
+    def finish_approx(self, data: TaskData, device: torch.device) -> None:
+        """Freeze the ApproxNet unless it is to train along, and measure it."""
+        self.model.to(device)
+        if not self.distillation:
+            self.start_from_teacher()
+            return
+        (distillation,) = self.distillation
+        distillation.approx.requires_grad_(self.trains_approx)
+        if not self.learns_theta and "distilled" not in self.findings.get("approximation", {}):
+            error = distillation.approximation_error(data, device)
+            self.findings["approximation"] = {**distillation.findings.get("approximation", {}), "distilled": error}
+
+    def terms(self, batch: Batch) -> Terms:
+        """Compute eq. 6 in the soft stage, the task loss under the plan in the hard one."""
+        if not self.learns_theta:
+            return super().terms(batch)
+        assert isinstance(self.retainer, Concrete)
+        with self.retainer.relaxed():
+            output = self.model(batch)
+        shape, retainer = self.model.encoder.shape, self.retainer
+        parts = {"cross_entropy": losses.task_loss(output.logits.float(), batch.labels).mean()}
+        parts["soft_share"] = soft_cost_share(output.trace, shape.dim, shape.ff_dim)
+        parts["theta"] = (retainer.theta - retainer.theta_init).square().sum()
+        total = parts["cross_entropy"] + self.loss.lam_theta * parts["theta"]
+        if self.budget is None:
+            wanted = torch.tensor(retainer.theta_init).sigmoid().item()
+            parts["mask"] = (losses.mean_mask(output.trace) - wanted).square()
+            total = total + self.loss.lam_mask * parts["mask"]
+        else:
+            parts["budget"] = (parts["soft_share"] - self.budget).square()
+            total = total + self.loss.budget_weight * parts["budget"]
+        return Terms(total, parts)
