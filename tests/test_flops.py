@@ -1,6 +1,7 @@
 """The closed form against published numbers, fvcore, torch's FlopCounterMode and transformers."""
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,15 @@ from transformers import AutoModel, BertConfig
 
 from tokprune_exp.encoder.cost import dense_encoder_macs, encoder_macs, layer_macs
 from tokprune_exp.encoder.trace import LayerTrace, PruningTrace
-from tokprune_exp.measure.flops import FlopsReport, check_against_fvcore, count_with_fvcore, ltp_encoder_macs
+from tokprune_exp.measure.flops import (
+    FlopsReport,
+    check_against_fvcore,
+    count_with_fvcore,
+    ltp_encoder_macs,
+    sttabt_approx_net_flops,
+    sttabt_encoder_flops,
+    sttabt_mask_update_flops,
+)
 
 BERT_BASE = {"dim": 768, "ff_dim": 3072}
 
@@ -184,6 +193,80 @@ def test_chunks_of_1024_are_padded_apart_in_the_order_of_the_split() -> None:
     shuffled = [lengths[row] for row in order]
     report.update(trace_of(shuffled, [shuffled]), index=order)
     assert report.summary(8)["retention_padded_sttabt"] == pytest.approx((1024 * 3 / 4 + 9 / 16) / 1025)
+
+
+# What STTABT counts
+
+
+def unpruned(*lengths: int) -> Tensor:
+    """The token sets of BERT-base's 12 layers where nothing is pruned."""
+    return torch.tensor(lengths)[:, None].expand(-1, 13)
+
+
+def test_bert_base_at_128_tokens_costs_22_421_gflops_as_sttabt_counts() -> None:
+    flops = sttabt_encoder_flops(unpruned(128), **BERT_BASE, heads=12)
+    assert flops.tolist() == [22_421_078_016]
+    assert flops.item() - 2 * dense_encoder_macs(torch.tensor(128), 12, **BERT_BASE) == 73_826_304
+
+
+@pytest.mark.parametrize(("factor", "gflops", "percent"), [(4, 1.539, 6.86), (8, 0.43685, 1.95), (16, 0.14057, 0.63)])
+def test_the_approx_net_costs_what_sttabt_prints(factor: int, gflops: float, percent: float) -> None:
+    small = sttabt_approx_net_flops(torch.tensor(128), 12, **BERT_BASE, heads=12, factor=factor).item()
+    assert float(f"{small / 1e9:.4g}") == pytest.approx(gflops, rel=1e-4)
+    assert round(100 * small / sttabt_encoder_flops(unpruned(128), **BERT_BASE, heads=12).item(), 2) == percent
+
+
+@pytest.mark.parametrize(
+    ("chunks", "published"),
+    [
+        ({55: 872}, 9.483),  # SST-2
+        ({253: 277}, 45.510),  # RTE
+        ({78: 1024, 87: 476}, 14.020),  # STS-B
+        ({35: 1024, 13: 19}, 5.939),  # CoLA
+    ],
+    ids=["sst2", "rte", "stsb", "cola"],
+)
+def test_the_unpruned_tasks_cost_what_sttabt_stores(chunks: dict[int, int], published: float) -> None:
+    """saves_plot/glue_bert_flops.json: every example as long as the longest of its 1024 (methods.md, A2.8)."""
+    flops = sttabt_encoder_flops(unpruned(*chunks), **BERT_BASE, heads=12)
+    mean = float((flops * torch.tensor(list(chunks.values()))).sum() / sum(chunks.values()))
+    assert round(mean / 1e9, 3) == published
+
+
+def test_a_pruned_pass_in_sttabts_counting_equals_a_plain_sum_over_operations() -> None:
+    dim, ff_dim, heads, sets = 24, 40, 3, [9, 7, 4, 1]
+    expected = sets[0] * dim * (1 + 1 + 5)  # two sums and a normalisation
+    for keys, outputs in pairwise(sets):
+        expected += 2 * dim * dim * (outputs + keys + keys)  # query, key, value
+        expected += 2 * outputs * keys * dim + heads * outputs * keys * (1 + 5) + 2 * outputs * keys * dim
+        expected += outputs * (2 * dim * dim + dim + dim + 5 * dim)  # product, bias, residual, normalisation
+        expected += outputs * (2 * dim * ff_dim + ff_dim + 8 * ff_dim)  # product, bias, GELU
+        expected += outputs * (2 * ff_dim * dim + dim + dim + 5 * dim)
+    assert sttabt_encoder_flops(torch.tensor([sets, sets]), dim, ff_dim, heads).tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "published"),
+    [
+        ("concrete", {0.2: 9.25e6, 0.4: 18.45e6, 1.0: 46.05e6}),
+        ("backtracking", {0.2: 0.614e6, 0.4: 1.165e6, 1.0: 2.818e6}),
+        ("manual_topk", {0.2: 0.563e6, 0.4: 1.125e6, 1.0: 2.810e6}),
+    ],
+)
+def test_the_update_of_the_masks_costs_what_sttabt_prints(kind: str, published: dict[float, float]) -> None:
+    """To the digits of reference/methods.md, D2, at the same retention in every layer."""
+    for retention, flops in published.items():
+        tokens = torch.full((13,), 128 * retention, dtype=torch.float64)
+        ours = sttabt_mask_update_flops(kind, tokens, torch.tensor(128), dim=768, heads=12).item()
+        assert round(ours / 1e6, 2 if kind == "concrete" else 3) == flops / 1e6
+
+
+def test_manual_top_k_pays_for_the_queries_of_the_tokens_that_go() -> None:
+    tokens, stays = torch.tensor([[100.0, 60, 60], [100, 100, 60]]), torch.tensor([128, 128])
+    early, late = sttabt_mask_update_flops("manual_topk", tokens, stays, dim=64, heads=4).tolist()
+    row = 128 * (4 + 1) + (128 + 1) + 35
+    assert early == pytest.approx(2 * 64**2 * 40 + 160 * row + 35 * math.log(6000))
+    assert late == pytest.approx(2 * 64**2 * 40 + 200 * row + 35 * math.log(10000))
 
 
 def test_an_empty_report_and_an_empty_trace_are_refused() -> None:

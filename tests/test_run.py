@@ -120,6 +120,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_term(tiny_override
         )
 
 
+def test_a_student_starts_from_a_model_trained_before(tiny_overrides, tmp_path):
+    """With a learning rate of almost 0 its unpruned accuracy is that of the model it started from."""
+    run(composed(["+method=adtp", "teacher.epochs=8", "logger=none", *tiny_overrides]), tmp_path / "first")
+    arguments = [
+        "+method=adtp",
+        "teacher.initialises_student=false",
+        f"teacher.path={tmp_path / 'first' / 'teacher'}",
+        f"start_from={tmp_path / 'first' / 'teacher'}",
+        "method.epochs=1",
+        "logger=none",
+        *tiny_overrides,
+        "optimizer.lr=1e-9",
+    ]
+    run(composed(arguments), tmp_path / "student")
+    result = result_of(tmp_path / "student")
+    assert result["metrics"]["unpruned"] == result["metrics"]["dense"]
+    assert result["metrics"]["dense"]["accuracy"] > 0.9
+    card = tmp_path / "first" / "teacher" / "config.json"
+    card.write_text(card.read_text().replace('"task": "tiny"', '"task": "sst2"'))
+    with pytest.raises(UserError, match="was trained on sst2, not on tiny"):
+        run(composed([*arguments, "seed=1"]), tmp_path / "other")
+
+
 def test_a_teacher_trained_before_is_named_instead_of_trained_again(tiny_overrides, tmp_path):
     run(composed(["+method=adtp", "epochs=2", "logger=none", *tiny_overrides]), tmp_path / "first")
     teacher = f"teacher.path={tmp_path / 'first' / 'teacher'}"
@@ -133,8 +156,19 @@ def test_a_teacher_trained_before_is_named_instead_of_trained_again(tiny_overrid
     assert (card.method, card.backbone) == ("finetune", "tiny")
 
 
-@pytest.mark.parametrize("killed_stage", ["teacher", "student"])
-def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(killed_stage, tiny_overrides, tmp_path):
+# a learning rate of 0: no epoch is better than the first, and yet each must be kept
+STANDSTILL = {
+    "adtp": ["method.epochs=8"],
+    "ltp": ["method.soft_epochs=8", "method.epochs=8"],
+    "sttabt": ["method.approx_epochs=8", "method.approx_patience=null", "method.approx_lr=0", "epochs=8"],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "killed_stage"),
+    [("adtp", "teacher"), ("adtp", "student"), ("ltp", "soft"), ("ltp", "hard"), ("sttabt", "approx")],
+)
+def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(method, killed_stage, tiny_overrides, tmp_path):
     directory = tmp_path / "run"
     command = [
         sys.executable,
@@ -142,12 +176,15 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(killed_stag
         "ignore",
         "-m",
         "tokprune_exp",
-        "+method=adtp",
+        f"+method={method}",
         "logger=csv",
         f"run_dir={directory}",
+        "teacher.epochs=8",
+        *STANDSTILL[method],
+        *tiny_overrides,
+        "optimizer.lr=0",
+        "method.pruner_lr=0",
     ]
-    # a learning rate of 0: no epoch is better than the first, and yet each must be kept
-    command += ["teacher.epochs=8", "method.epochs=8", *tiny_overrides, "optimizer.lr=0", "method.pruner_lr=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
 
     process = subprocess.Popen(
@@ -169,12 +206,9 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(killed_stag
     assert result["status"] == "completed"
     assert set(result["metrics"]) == {"dense", "unpruned", "pruned"}
     assert f"stage {killed_stage}: goes on from" in again.stdout
-    assert ("stage teacher: done before" in again.stdout) == (killed_stage == "student")
-    trained = [
-        int(row["epoch"])
-        for row in rows_of(directory / "csv" / "version_1")
-        if row.get(f"{killed_stage}/selection_accuracy")
-    ]
+    assert ("stage teacher: done before" in again.stdout) == (killed_stage != "teacher")
+    judged = f"{killed_stage}/selection_{'attention_kl' if killed_stage == 'approx' else 'accuracy'}"
+    trained = [int(row["epoch"]) for row in rows_of(directory / "csv" / "version_1") if row.get(judged)]
     assert min(trained) >= 2
     assert max(trained) == 7
 
