@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from tokprune_exp.encoder.cost import dense_encoder_macs, encoder_macs
+from tokprune_exp.encoder.cost import dense_encoder_macs, encoder_macs, layer_macs
 from tokprune_exp.encoder.trace import PruningTrace
 
 STTABT_CHUNK = 1024
