@@ -55,6 +55,8 @@ def options():
 
 def chosen(option):
     group, name = option.split("/")
+    if group == "text":
+        return ["+method=sttabt", f"+text={name}"]
     return [f"+{group}={name}"] if group in ADDED else ["+method=adtp", f"{group}={name}"]
 
 

@@ -34,9 +34,9 @@ def bounds_are_user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def as_task(cfg: DictConfig) -> Task:
-    """Read the task node into its dataclass."""
-    task = OmegaConf.to_object(cfg.task)
+def as_task(node: DictConfig) -> Task:
+    """Read a task node into its dataclass."""
+    task = OmegaConf.to_object(node)
     assert isinstance(task, Task)
     return task
 
@@ -60,9 +60,9 @@ def method_name(cfg: DictConfig) -> str:
     return str(cfg.method._target_).split(".")[-2]
 
 
-def build_data(cfg: DictConfig, tokenizer: Any) -> TaskData:
-    """Load and tokenise the task's examples."""
-    return TaskData(as_task(cfg), SimpleNamespace(**plain(cfg.data), tokenizer=tokenizer, seed=cfg.seed))
+def build_data(cfg: DictConfig, tokenizer: Any, task: DictConfig) -> TaskData:
+    """Load and tokenise the examples of a task."""
+    return TaskData(as_task(task), SimpleNamespace(**plain(cfg.data), tokenizer=tokenizer, seed=cfg.seed))
 
 
 def build_model(cfg: DictConfig, backbone: LoadedBackbone, task: Task, with_pruning: bool = True) -> PrunedClassifier:
@@ -97,6 +97,8 @@ def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> Pr
     build = partial(instantiate(cfg.method), model=model, metrics=data.task.metrics, optimizer=optimizer)
     if cfg.budget is not None:
         build = partial(build, budget=cfg.budget)
+    if cfg.text is not None:
+        build = partial(build, text=build_data(cfg, data.tokenizer, cfg.text))
     if cfg.teacher is None:
         return build()
     if cfg.teacher.path is not None:
@@ -126,7 +128,7 @@ def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> Pr
 
 def model_card(cfg: DictConfig, of_teacher: bool = False) -> ModelCard:
     """Say what whoever loads the model, or the teacher that was trained for it, needs to know of its task."""
-    task = as_task(cfg)
+    task = as_task(cfg.task)
     return ModelCard(
         task=task.name,
         backbone=cfg.teacher.backbone.name if of_teacher else cfg.backbone.name,

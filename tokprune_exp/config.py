@@ -37,7 +37,16 @@ TARGETS = {
 """Where a `_target_` may stand and what it may construct there; a stranger's configuration can do nothing else."""
 
 SUPPLIED = {
-    "method": ("model", "metrics", "optimizer", "teacher", "teacher_is_trained", "initialises_student", "budget"),
+    "method": (
+        "model",
+        "metrics",
+        "optimizer",
+        "teacher",
+        "teacher_is_trained",
+        "initialises_student",
+        "budget",
+        "text",
+    ),
     "scorer": ("dim",),
     "retainer": ("dim", "layers"),
     "optimizer": ("params",),
@@ -59,7 +68,7 @@ SUPPLIED = {
 """Arguments that the run itself gives; a value for one of them in the configuration would be lost."""
 
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
-ADDED_GROUPS = ("method", "experiment", "sweep")
+ADDED_GROUPS = ("method", "experiment", "sweep", "text")
 """Groups that are not in the defaults list: they are chosen by +group=name."""
 
 SOURCES = ("directory", "hub", "wheel")
@@ -149,6 +158,8 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     start_from: str | None = None
     """A model directory trained before, whose encoder and head training starts from; null: the backbone's weights."""
+    text: Task | None = None
+    """Texts without labels on which STTABT's ApproxNet is distilled first: +text=wikitext2."""
     budget: float | None = None
     """Share of the unpruned FLOPs, unpadded, that the pruned model is to cost; null: what the method's keys give."""
     epochs: int | None = None
@@ -552,6 +563,10 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             and any(of(f"teacher.backbone.{key}") != of(f"backbone.{key}") for key in ("name", "random"))
         ),
         "the student cannot start from a teacher with another backbone: set teacher.initialises_student=false",
+    ),
+    (
+        lambda of: of("text") is not None and of.kind("scorer") != "ApproxAttention",
+        "text is what an ApproxNet is distilled on: choose +method=sttabt scorer=approx_attention, or no text",
     ),
     (
         lambda of: of("start_from") is not None and bool(of("teacher.initialises_student")),

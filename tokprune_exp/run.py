@@ -70,7 +70,7 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
 
     with bounds_are_user_errors():
         backbone = load_backbone(as_backbone(cfg.backbone), cfg.data.cache)
-    data = build_data(cfg, backbone.tokenizer)
+    data = build_data(cfg, backbone.tokenizer, cfg.task)
     record.update(data={**data.source, "weights": backbone.source})
 
     with bounds_are_user_errors():
@@ -86,7 +86,7 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
         seed_everything(cfg.seed, workers=True, verbose=False)  # whatever was trained, loaded or resumed before
         with record.stage(stage.name):
             epochs = min(stage.epochs, 1) * (cfg.epochs or stage.epochs)  # a stage without training stays without
-            run_stage(replace(stage, epochs=epochs), data, trainer, loggers, directory)
+            run_stage(replace(stage, epochs=epochs), stage.data or data, trainer, loggers, directory)
 
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)
     if method.dense is not None and cfg.teacher.path is None:  # trained here, and of use to other runs: teacher.path

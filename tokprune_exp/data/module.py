@@ -61,7 +61,9 @@ class TaskData(LightningDataModule):
             self._keep_shorter_than(settings.train_shorter_than)
 
     def _encode(self, rows: Dataset) -> EncodedSplit:
-        labels = torch.tensor(rows[self.task.label][:], dtype=torch.float32 if self.task.is_regression else torch.int64)
+        labels = torch.tensor(
+            rows[self.task.label_column][:], dtype=torch.float32 if self.task.is_regression else torch.int64
+        )
         cache = self.cache / "tokenised"
         return encode_texts(self.tokenizer, texts_of(rows, self.task), self.task.max_tokens, labels, cache)
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -76,7 +76,7 @@ def load_source(task: Task, settings: SourceSettings) -> Source:
         UserError: the rows do not fit the task.
     """
     kind = source_kind(task, settings)
-    splits = READERS[kind](task, settings)
+    splits = {name: labelled(split, task) for name, split in READERS[kind](task, settings).items()}
     found = {
         role: next((splits[name] for name in names if name in splits), None)
         for role, names in (("train", task.train), ("evaluation", task.evaluation))
@@ -240,9 +240,17 @@ def both_splits(
     )
 
 
+def labelled(split: Split, task: Task) -> Split:
+    """A split as it is; of a task without labels the rows that hold any text, with a column of zeros."""
+    if task.label is not None:
+        return split
+    texts = [text for text in split.rows[task.text[0]][:] if text.strip()]
+    return replace(split, rows=Dataset.from_dict({task.text[0]: texts, task.label_column: [0.0] * len(texts)}))
+
+
 def check_rows(split: Split, task: Task) -> None:
     """Refuse rows without the task's columns, without public labels, or with labels the task does not know."""
-    lacking = [column for column in [*task.text, task.label] if column not in split.rows.column_names]
+    lacking = [column for column in [*task.text, task.label_column] if column not in split.rows.column_names]
     if lacking:
         raise UserError(
             f"{split.location} has the columns {', '.join(split.rows.column_names)}, but task {task.name} "
@@ -250,7 +258,7 @@ def check_rows(split: Split, task: Task) -> None:
         )
     if task.is_regression:
         return
-    labels = np.asarray(split.rows[task.label][:])
+    labels = np.asarray(split.rows[task.label_column][:])
     if (labels == -1).any():
         raise DataUnavailableError(
             f"{int((labels == -1).sum())} rows of {split.name} in {split.location} have the label -1, that is no "
@@ -315,5 +323,5 @@ def describe(split: Split, used: Dataset) -> dict[str, Any]:
 
 def rows_sha256(rows: Dataset, task: Task) -> str:
     """The sha256 of the texts and labels in their order."""
-    content: Sequence[Any] = [texts_of(rows, task), rows[task.label][:]]
+    content: Sequence[Any] = [texts_of(rows, task), rows[task.label][:] if task.label else None]
     return hashlib.sha256(repr(content).encode()).hexdigest()

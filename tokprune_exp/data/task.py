@@ -23,7 +23,8 @@ class Task:
     name: str = "???"
     text: list[str] = field(default_factory=lambda: ["sentence"])
     """One column, or two for a pair of sentences."""
-    label: str = "label"
+    label: str | None = "label"
+    """null: texts without labels, on which attention can be distilled and nothing be answered."""
     group: str | None = None
     """Column whose values never stand on both sides when a split is cut in two, for instance the film of a review."""
     labels: list[str] = field(default_factory=list)
@@ -41,6 +42,11 @@ class Task:
     directory: str | None = None
     """Folder below `data.root` that holds the parquet files."""
     hub: HubSource | None = None
+
+    @property
+    def label_column(self) -> str:
+        """The column of the labels; where there are none it is filled with 0."""
+        return self.label or "unlabelled"
 
     @property
     def is_regression(self) -> bool:

@@ -6,7 +6,8 @@
     L_pred  mean (softmax ẑ − softmax z)²
     L       their sum
 
-The projections W and a head of its own are used in training only. `hidden: code` compares h^0 … h^{L−1} instead, as the
+On texts without labels (`+text=wikitext2`) the teacher is the pretrained encoder, and L_pred is left out. The
+projections W and a head of its own are used in training only. `hidden: code` compares h^0 … h^{L−1} instead, as the
 official code does (off by one). The epoch with the smallest KL on the selection slice counts.
 """
 
@@ -45,9 +46,10 @@ class ApproxDistillation(PruningModule):
         epochs: int,
         patience: int | None,
         hidden: Literal["paper", "code"] = "paper",
+        predicts: bool = True,
     ) -> None:
         super().__init__(model, metrics, optimizer, epochs)
-        self.patience, self.hidden = patience, hidden
+        self.patience, self.hidden, self.predicts = patience, hidden, predicts
         large, small = model.encoder.shape, self.approx.net.shape
         self.projections = nn.ModuleList(nn.Linear(small.dim, large.dim) for _ in range(large.layers + 1))
         self.small_head = Head(small.dim, model.head.classifier.out_features)
@@ -84,11 +86,16 @@ class ApproxDistillation(PruningModule):
         key = sha256_of(
             VERSION,
             weights_digest(teacher),
+            weights_digest(self.approx.net),  # where it starts
             data.train.fingerprint,
             data.selection.fingerprint,
             self.approx.settings(),
-            {"epochs": self.epochs, "patience": self.patience, "hidden": self.hidden, "seed": data.settings.seed},
-            {"batch_size": data.settings.batch_size, "optimizer": str(self.build_optimizer)},
+            {"epochs": self.epochs, "patience": self.patience, "hidden": self.hidden, "predicts": self.predicts},
+            {
+                "seed": data.settings.seed,
+                "batch_size": data.settings.batch_size,
+                "optimizer": str(self.build_optimizer),
+            },
         )
         return data.cache / "approxnets" / f"{key}.safetensors", self.approx.net
 
@@ -113,8 +120,9 @@ class ApproxDistillation(PruningModule):
             "attention": torch.stack(kl).mean(),
             "hidden": torch.stack(distances).mean(),
             "embedding": masked_mean_square(self.projections[0](small_embeddings) - embeddings, valid),
-            "prediction": prediction_distance(self.small_head(small.first).float(), answer.float()),
         }
+        if self.predicts:
+            parts["prediction"] = prediction_distance(self.small_head(small.first).float(), answer.float())
         return Terms(torch.stack(list(parts.values())).sum(), parts)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -38,6 +38,8 @@ class Stage:
     """Which epoch's weights count: the best by the first metric on the selection slice, or the last."""
     before: Callable[[TaskData, torch.device], None] | None = None
     """Runs on the training device when the earlier stages have ended and before this one starts or resumes."""
+    data: TaskData | None = None
+    """The texts of this training, where they are not the task's."""
     chooses_by: str | None = None
     """Name of a logged error whose smallest value chooses the epoch; None: the largest first metric."""
     patience: int | None = None

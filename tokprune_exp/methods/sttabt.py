@@ -6,9 +6,9 @@
     L       L_CE + λ_p Σ_l (θ^l − θ_init)² + λ_mask (mean_l mean_t m_t^l − p_init)²      eq. 6 (Concrete only)
 
 so that a layer computes keys for its own tokens, but queries, outputs and feed-forward only for those of the next one;
-the last layer only for [CLS]. Stages: teacher (the dense model), approx (ApproxNet, shared by all runs that would train
-the same one), then, with Concrete, soft and hard as in LTP. Back-tracking with a fixed k needs no training of the model
-(`method.epochs=0`); a number of epochs fine-tunes it under its plan.
+the last layer only for [CLS]. Stages: approx_text (with +text), teacher (the dense model), approx (ApproxNet, shared by
+all runs that would train the same one), then, with Concrete, soft and hard as in LTP. Back-tracking with a fixed k needs
+no training of the model (`method.epochs=0`); a number of epochs fine-tunes it under its plan.
 
 `scorer=exact_attention` plans from the attention of the unpruned model itself: the upper bound, at a whole pass's cost.
 With a `budget`, μ·(soft cost − budget)² takes the place of the second regulariser, and the knob (k, or a shift of θ)
@@ -16,6 +16,7 @@ holds the cost. The ApproxNet's own cost is in it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -49,6 +50,8 @@ class STTABT(HardPruning):
         teacher_is_trained: bool = False,
         initialises_student: bool = False,
         budget: float | None = None,
+        text: TaskData | None = None,
+        approx_text_epochs: int = 1,
         approx_epochs: int = 10,
         approx_patience: int | None = 3,
         approx_lr: float = 1e-3,
@@ -76,11 +79,19 @@ class STTABT(HardPruning):
         self.loss, self.soft_epochs, self.trains_approx = loss, soft_epochs, trains_approx
         self.learns_theta = False
         self.distillation: tuple[ApproxDistillation, ...] = ()
+        self.text_stage: list[Stage] = []
         if isinstance(self.scorer, ApproxAttention):
-            rate = partial(optimizer, lr=approx_lr)
-            self.distillation = (
-                ApproxDistillation(model, metrics, rate, approx_epochs, approx_patience, approx_hidden),
-            )
+            distil = partial(ApproxDistillation, model, metrics, partial(optimizer, lr=approx_lr), hidden=approx_hidden)
+            self.distillation = (distil(approx_epochs, approx_patience),)
+            if text is not None:
+                self.text_stage = [
+                    replace(
+                        distil(approx_text_epochs, None, predicts=False).stages()[0],
+                        name="approx_text",
+                        data=text,
+                        before=self.initialise_approx,
+                    )
+                ]
 
     def stages(self) -> list[Stage]:
         """The dense model, the ApproxNet, then soft and hard masks, or one training under the plan, or none."""
@@ -91,14 +102,21 @@ class STTABT(HardPruning):
             soft = [Stage("soft", self, self.soft_epochs, before=self.soften, keeps="last")]
         else:
             soft = []
-        return [*self.teacher_stages(), *approx, *soft, Stage("hard", self, self.epochs, before=self.prune_hard)]
+        before = [*self.text_stage, *self.teacher_stages()]
+        return [*before, *approx, *soft, Stage("hard", self, self.epochs, before=self.prune_hard)]
 
     def start_approx(self, data: TaskData, device: torch.device) -> None:
-        """Start from the dense model, and the ApproxNet where its initialisation says; measure how far off it is."""
+        """Start from the dense model and, unless text has taught it before, an untrained ApproxNet; measure that."""
         self.start_from_teacher()
         (distillation,) = self.distillation
-        distillation.approx.initialise(self.model.encoder)
+        if not self.text_stage:
+            self.initialise_approx(data, device)
         self.findings["approximation"] = {"untrained": distillation.approximation_error(data, device)}
+
+    def initialise_approx(self, data: TaskData, device: torch.device) -> None:
+        """Set the ApproxNet where its initialisation says."""
+        (distillation,) = self.distillation
+        distillation.approx.initialise(self.model.encoder)
 
     def soften(self, data: TaskData, device: torch.device) -> None:
         """Learn θ through the concrete mask."""
