@@ -7,8 +7,8 @@
 
 so that a layer computes keys for its own tokens, but queries, outputs and feed-forward only for those of the next one;
 the last layer only for [CLS]. Stages: approx_text (with +text), teacher (the dense model), approx (ApproxNet, shared by
-all runs that would train the same one), then, with Concrete, soft and hard as in LTP. Back-tracking with a fixed k needs
-no training of the model (`method.epochs=0`); a number of epochs fine-tunes it under its plan.
+all runs that would train the same one), then, with Concrete, soft and hard as in LTP. Back-tracking with a fixed k
+needs no training of the model (`method.epochs=0`); a number of epochs fine-tunes it under its plan.
 
 `scorer=exact_attention` plans from the attention of the unpruned model itself: the upper bound, at a whole pass's cost.
 With a `budget`, μ·(soft cost − budget)² takes the place of the second regulariser, and the knob (k, or a shift of θ)
