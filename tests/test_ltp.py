@@ -21,13 +21,14 @@ from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.task import Task
 from tokprune_exp.data.tokenise import encode_texts
 from tokprune_exp.encoder.backbone import Backbone, RandomShape
+from tokprune_exp.encoder.encoder import EncoderShape, PrunedEncoder
 from tokprune_exp.encoder.layout import Padded, Sequences
 from tokprune_exp.encoder.pretrained import LoadedBackbone, load_backbone, random_encoder
 from tokprune_exp.encoder.trace import Decision, LayerTrace, PruningTrace
 from tokprune_exp.head import Head
 from tokprune_exp.losses import LTPLoss, token_penalty
 from tokprune_exp.measure.evaluation import check_flops
-from tokprune_exp.methods.budget import cost_share, soft_cost_share
+from tokprune_exp.methods.budget import cost_share, dense_cost, soft_cost, soft_cost_share
 from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.hard import HardPruning
 from tokprune_exp.methods.ltp import LTP
@@ -537,10 +538,18 @@ def layer_cost(d: int, ff: int, keys: float, outputs: float) -> float:
     return 3 * d**2 * keys + 2 * d * keys**2 + d**2 * outputs + 2 * d * ff * outputs
 
 
+def of_shape(layers: int) -> PrunedClassifier:
+    """A model of the sizes that `layer_cost` is asked for, whose pruner costs nothing."""
+    shape = EncoderShape(vocabulary=5, dim=16, heads=2, layers=layers, ff_dim=48, positions=8)
+    pruning = Pruning(by_constant(16), LearnedThreshold(16, layers))
+    return PrunedClassifier(PrunedEncoder(shape), Head(16, 2), pruning, separator=3)
+
+
 @pytest.mark.parametrize("skipped", [(), (0,), (1,)])
 def test_the_soft_cost_equals_a_plain_loop_over_texts_layers_and_tokens(skipped: tuple[int, ...]) -> None:
     lengths = [9, 1, 4, 17]
     trace = soft_trace(lengths, skipped=skipped)
+    model = of_shape(len(trace.layers))
     cost = dense = 0.0
     for row, length in enumerate(lengths):
         lives = [1.0] * length
@@ -550,7 +559,7 @@ def test_the_soft_cost_equals_a_plain_loop_over_texts_layers_and_tokens(skipped:
                 lives = [p * m for p, m in zip(lives, layer.decision.soft[row].tolist(), strict=False)]
             cost += layer_cost(16, 48, before, sum(lives))
             dense += layer_cost(16, 48, length, length)
-    assert soft_cost_share(trace, 16, 48).item() == pytest.approx(cost / dense, rel=1e-6)
+    assert soft_cost_share(model, trace).item() == pytest.approx(cost / dense, rel=1e-6)
 
 
 def test_the_soft_cost_of_masks_of_zeros_and_ones_is_the_cost_of_running_them() -> None:
@@ -558,10 +567,11 @@ def test_the_soft_cost_of_masks_of_zeros_and_ones_is_the_cost_of_running_them() 
     trace = soft_trace(lengths, binary=True)
     pairs = [(int(layer.keys[row].sum()), int(layer.outputs[row].sum())) for layer in trace.layers for row in range(4)]
     dense = sum(3 * layer_cost(16, 48, n, n) for n in lengths)
-    assert soft_cost_share(trace, 16, 48).item() == pytest.approx(
+    model = of_shape(len(trace.layers))
+    assert soft_cost_share(model, trace).item() == pytest.approx(
         sum(layer_cost(16, 48, *pair) for pair in pairs) / dense, rel=1e-6
     )
-    assert soft_cost_share(trace, 16, 48) < 0.7
+    assert soft_cost_share(model, trace) < 0.7
 
 
 def test_at_a_vanishing_temperature_the_soft_cost_of_straight_through_is_what_the_model_costs(
@@ -570,7 +580,7 @@ def test_at_a_vanishing_temperature_the_soft_cost_of_straight_through_is_what_th
     model = ltp_model(random_classifier, temperature=1e-12, relaxation="straight_through")
     batch = ragged_batch(model, LENGTHS)
     with torch.no_grad():
-        soft = soft_cost_share(relaxed(model, batch).trace, 64, 256).item()
+        soft = soft_cost_share(model, relaxed(model, batch).trace).item()
     assert soft == pytest.approx(cost_share(model, [batch]), rel=1e-5)
 
 
@@ -784,7 +794,7 @@ def test_with_a_budget_the_squared_distance_from_it_takes_the_penaltys_place(
     method.learns_thresholds = True
     batch = data.train.collate([3, 11, 40, 117])
     terms, output = method.terms(batch), relaxed(method.model, batch)
-    share = soft_cost_share(output.trace, 32, 128).item()
+    share = soft_cost_share(method.model, output.trace).item()
     expected = F.cross_entropy(output.logits, batch.labels).item() + 7 * (share - 0.4) ** 2
     assert terms.total.item() == pytest.approx(expected, rel=1e-5) and "tokens" not in terms.parts
     assert abs(share - 0.4) > 0.05
@@ -846,8 +856,8 @@ def test_what_binarising_costs_is_measured_on_the_selection_slice_with_soft_and_
         assert names == ["accuracy"] and torch.equal(theirs, labels)
         torch.testing.assert_close(answers, torch.cat([output.logits for output in outputs]), atol=1e-5, rtol=0)
     assert (found["soft"]["given"][1] - found["hard"]["given"][1]).abs().max() > 0.01
-    shares = [float(soft_cost_share(output.trace, 32, 128)) * len(output.logits) for output in soft]
-    assert found["soft"]["cost_share"] == pytest.approx(sum(shares) / len(labels))
+    cost, dense = (sum(float(count(model, output.trace)) for output in soft) for count in (soft_cost, dense_cost))
+    assert found["soft"]["cost_share"] == pytest.approx(cost / dense)
     assert found["hard"]["cost_share"] == pytest.approx(cost_share(model, batches))
 
 

@@ -79,6 +79,8 @@ def build_model(cfg: DictConfig, backbone: LoadedBackbone, task: Task, with_prun
         trained, card = load_model(Path(cfg.start_from))
         if card.task != task.name:
             raise UserError(f"start_from={cfg.start_from} was trained on {card.task}, not on {task.name}")
+        if load_tokenizer(cfg.start_from).get_vocab() != backbone.tokenizer.get_vocab():
+            raise UserError(f"start_from={cfg.start_from} reads other tokens than {cfg.backbone.name}")
         model.start_from(trained, "start_from")
     return model
 

@@ -126,7 +126,7 @@ class MeasureConfig:
 
 @dataclass
 class Teacher:
-    """The model that AD-TP learns from; trained before the student, or read from `path`."""
+    """The dense model that AD-TP learns from and the others start from; trained first, or read from `path`."""
 
     backbone: Any = MISSING
     """A `Backbone`, or a reference to the student's."""
@@ -448,6 +448,12 @@ class _Choices:
         return isinstance(self(key), int | float) and self(key) > 0
 
 
+PRUNES_A_DENSE_MODEL = (
+    ("LTP", "ltp"),
+    ("STTABT", "sttabt"),
+    ("ManualThreshold", "manual_threshold"),
+    ("ManualTopK", "manual_topk"),
+)
 IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
     *(
         (
@@ -515,10 +521,9 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
     ),
     (
         lambda of: (
-            of.kind("scorer") is not None
-            and of.kind("retainer") is not None
-            and (of.kind("scorer") in ("ApproxAttention", "ExactAttention"))
-            != (of.kind("retainer") in ("Backtracking", "Concrete"))
+            of.kind("scorer") not in ("ApproxAttention", "ExactAttention")
+            if of.kind("method") == "STTABT" and of.kind("retainer") in ("Backtracking", "Concrete")
+            else of.kind("method") != "STTABT" and of.kind("scorer") in ("ApproxAttention", "ExactAttention")
         ),
         "scorer=approx_attention and exact_attention go with retainer=backtracking and concrete, and with no other",
     ),
@@ -563,6 +568,45 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             and any(of(f"teacher.backbone.{key}") != of(f"backbone.{key}") for key in ("name", "random"))
         ),
         "the student cannot start from a teacher with another backbone: set teacher.initialises_student=false",
+    ),
+    (
+        lambda of: of.kind("scorer") == "ExactAttention" and of("budget") is not None,
+        "scorer=exact_attention costs a whole unpruned pass, so no budget can be met: choose scorer=approx_attention",
+    ),
+    (
+        lambda of: bool(of("method.trains_approx")) and of.kind("retainer") != "Concrete",
+        "method.trains_approx=true needs masks that carry a gradient: choose retainer=concrete",
+    ),
+    *(
+        (
+            lambda of, method=method: of.kind("method") == method and of.kind("scorer") == "TokenSaliency",
+            f"{name} trains no token saliency: choose scorer=attention_mass or random",
+        )
+        for method, name in (("ManualThreshold", "manual_threshold"), ("ManualTopK", "manual_topk"))
+    ),
+    *(
+        (
+            lambda of, method=method: (
+                of.kind("method") == method
+                and of("teacher") is not None
+                and not of("teacher.initialises_student")
+                and of("start_from") is None
+            ),
+            f"{name} learns nothing from a teacher but its weights: choose teacher=same, or name start_from",
+        )
+        for method, name in PRUNES_A_DENSE_MODEL
+    ),
+    *(
+        (
+            lambda of, method=method: (
+                of.kind("method") == method
+                and of("teacher") is None
+                and of("start_from") is None
+                and (method == "STTABT" or of("method.epochs") == 0)
+            ),
+            f"{name} needs a model that was trained on the task: choose teacher=same, or name start_from",
+        )
+        for method, name in PRUNES_A_DENSE_MODEL
     ),
     (
         lambda of: of("text") is not None and of.kind("scorer") != "ApproxAttention",

@@ -25,6 +25,7 @@ from tokprune_exp.config import config_hash, instantiate, overrides
 from tokprune_exp.encoder.pretrained import load_backbone
 from tokprune_exp.errors import UserError
 from tokprune_exp.measure.report import measure
+from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import save_model
 from tokprune_exp.precision import resolve_accelerator, resolve_precision, use_fast_exact_float32
 from tokprune_exp.stages import run_stage
@@ -76,6 +77,9 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     with bounds_are_user_errors():
         model = build_model(cfg, backbone, data.task)
         method = build_method(cfg, model, data)
+
+    if isinstance(method, StudentModule):
+        method.check_budget(data)
 
     accelerator = resolve_accelerator(cfg.trainer.accelerator)
     precision = resolve_precision(cfg.trainer.precision, accelerator)

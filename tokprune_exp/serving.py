@@ -103,7 +103,9 @@ class TextClassifier:
         encodings = self._encode(texts)
         predictions: list[Prediction | None] = [None] * len(texts)
         for rows, output in self._outputs(encodings, batch_size):
-            masks = torch.stack([layer.outputs for layer in output.trace.layers], dim=1)  # (B, layers, N)
+            # of a plan the last outputs are [CLS] alone; what was read of the text are the keys
+            shown = "outputs" if output.trace.entry is None else "keys"
+            masks = torch.stack([getattr(layer, shown) for layer in output.trace.layers], dim=1)  # (B, layers, N)
             for row, logits, kept in zip(rows.tolist(), output.logits, masks, strict=True):
                 predictions[row] = self._prediction(texts[row], encodings[row], logits, kept)
         return [prediction for prediction in predictions if prediction is not None]

@@ -37,7 +37,8 @@ def run_stage(
         _forget_checkpoints(folder)
         LOGGER.info("stage %s: done before, weights from %s", stage.name, weights)
         stage.module.model.load_state_dict(load_file(weights))
-        stage.module.findings.update(json.loads((folder / "findings.json").read_text()))
+        found = folder / "findings.json"
+        stage.module.findings.update(json.loads(found.read_text()) if found.is_file() else {})
         return
 
     metric = f"{stage.name}/selection_{stage.chooses_by or stage.module.metrics[0]}"
@@ -59,7 +60,7 @@ def run_stage(
     )
     if stage.before is not None:
         stage.before(data, trainer.strategy.root_device)
-    shared = None if stage.shared is None else stage.shared(data)
+    shared = None if stage.shared is None else stage.shared(data, trainer)
     if shared is not None and shared[0].is_file():
         LOGGER.info("stage %s: trained by an earlier run, weights from %s", stage.name, shared[0])
         shared[1].load_state_dict(load_file(shared[0]))

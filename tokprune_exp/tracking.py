@@ -31,7 +31,7 @@ from tokprune_exp import __version__
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "hydra-core", "wandb")
 VARIANTS = {"dense": "dense teacher", "unpruned": "student unpruned", "pruned": "student pruned"}
 """The three evaluated models: their key in `metrics` and their name in the table."""
-LAYER_COLUMNS = ("retention", "tokens", "thresholds")
+LAYER_COLUMNS = ("retention", "tokens", "thresholds", "kept_probability")
 """What `flops` may hold for every layer, as <name>_per_layer."""
 
 
@@ -50,7 +50,8 @@ class RunRecord:
         metrics {dense, unpruned, pruned} of {<metric>}
         by_length {dense, pruned} of [a row per quartile of the lengths: evaluation.quartiles]
         flops {FlopsReport.summary}   latency [compare_latency rows]   saliency {spearman, mse}   data {…}
-        findings {what a stage found out; ltp: binarisation {soft, hard} of {<metric>, cost_share}}
+        findings {what a stage found out; ltp: binarisation {soft, hard} of {<metric>, cost_share}
+                  sttabt: approximation {untrained, distilled} of {kl, mse}}
         versions {python, <package>}   hardware {cpu, threads, gpu}
 
     A run that is resumed in its directory under the same configuration adds to the earlier wall_seconds.
@@ -290,6 +291,8 @@ def quieten_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run that goes on
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    # a frozen ApproxNet plans without dropout
+    warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode at the start of training")
     # raised by Lightning itself on torch 2.13
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 

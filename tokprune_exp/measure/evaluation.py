@@ -13,6 +13,7 @@ from tokprune_exp.encoder.cost import encoder_macs
 from tokprune_exp.measure.flops import FlopsReport, check_against_fvcore, count_with_fvcore
 from tokprune_exp.measure.metrics import evaluate_metrics
 from tokprune_exp.model import PrunedClassifier
+from tokprune_exp.pruning.retainers import AdaptiveRatio
 
 
 @dataclass
@@ -56,8 +57,10 @@ def evaluate(
     all_logits, all_labels = torch.cat(logits)[order], torch.cat(labels)[order]
     flops = report.summary(published_length)
     if ratios:
-        chosen = torch.cat(ratios)
-        flops["ratio_shares"] = (chosen.argmax(1).bincount(minlength=chosen.shape[1]) / len(chosen)).tolist()
+        assert model.pruning is not None and isinstance(model.pruning.retainer, AdaptiveRatio)
+        scores = torch.cat(ratios)
+        chosen = model.pruning.retainer.choice(scores.to(device)).cpu()
+        flops["ratio_shares"] = (chosen.bincount(minlength=scores.shape[1]) / len(scores)).tolist()
     return Evaluation(
         all_logits,
         all_labels,

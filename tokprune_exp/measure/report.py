@@ -15,7 +15,7 @@ from tokprune_exp.measure.latency import compare_latency, length_sorted_chunks
 from tokprune_exp.methods.module import PruningModule
 from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import PrunedClassifier
-from tokprune_exp.pruning.retainers import ManualThreshold, RatioRetainer
+from tokprune_exp.pruning.retainers import Concrete, ManualThreshold, RatioRetainer
 from tokprune_exp.pruning.scorers import TokenSaliency
 
 
@@ -73,9 +73,11 @@ def measure(
             ]
             fields["saliency"] = saliency_fidelity(model, examples, attribution)
         if isinstance(model.pruning.retainer, RatioRetainer):
-            flops["ratio_asked"] = model.pruning.retainer.ratio
+            flops["ratio_asked"] = method.findings.get("ratio_asked", model.pruning.retainer.ratio)
         if isinstance(model.pruning.retainer, ManualThreshold):
             flops["thresholds_per_layer"] = model.pruning.retainer.thresholds.tolist()
+        if isinstance(model.pruning.retainer, Concrete):
+            flops["kept_probability_per_layer"] = model.pruning.retainer.kept_probabilities.tolist()
         flops["share_unpadded"] = 1 / flops["reduction_unpadded"]
         if isinstance(method, StudentModule):
             flops["share_asked"] = method.budget

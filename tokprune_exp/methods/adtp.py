@@ -130,7 +130,7 @@ class ADTP(StudentModule):
             self.target_share = cost_share(same_for_all, self.calibration)
         else:
             self.target_share = meet_budget(same_for_all, self.calibration, self.budget)
-            adaptive.ratio = float(static.knob)
+            adaptive.ratio = self.findings["ratio_asked"] = float(static.knob)
 
     def calibrated_eta(self, data: TaskData) -> float:
         """Find η such that the mean pseudo-labelled ratio of the training set, by the teacher's view, is ρ*."""

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -80,7 +81,7 @@ class ApproxDistillation(PruningModule):
             self.approx.net.named_parameters(), self.projections.named_parameters(), self.small_head.named_parameters()
         )
 
-    def shared_weights(self, data: TaskData) -> tuple[Path, nn.Module]:
+    def shared_weights(self, data: TaskData, trainer: Trainer) -> tuple[Path, nn.Module]:
         """Say where this ApproxNet lies once it is trained: named by all that determines it, whatever k is."""
         teacher = nn.ModuleList([self.model.encoder, self.model.head])
         key = sha256_of(
@@ -90,7 +91,9 @@ class ApproxDistillation(PruningModule):
             data.train.fingerprint,
             data.selection.fingerprint,
             self.approx.settings(),
-            {"epochs": self.epochs, "patience": self.patience, "hidden": self.hidden, "predicts": self.predicts},
+            {"patience": self.patience, "hidden": self.hidden, "predicts": self.predicts},
+            [trainer.max_epochs, trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.precision],
+            str(trainer.limit_train_batches),
             {
                 "seed": data.settings.seed,
                 "batch_size": data.settings.batch_size,

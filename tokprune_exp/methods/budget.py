@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokprune_exp.data.batch import Batch
@@ -29,17 +29,30 @@ def cost_share(model: PrunedClassifier, batches: Iterable[Batch]) -> float:
         for batch in batches:
             trace = model(batch, "gathered").trace
             executed += int((encoder_macs(trace, shape.dim, shape.ff_dim) + model.pruning.macs(trace)).sum())
-            dense += int(dense_encoder_macs(trace.lengths, shape.layers, shape.dim, shape.ff_dim).sum())
+            dense += int(dense_cost(model, trace))
     return executed / dense
 
 
-def soft_cost_share(trace: PruningTrace, dim: int, ff_dim: int) -> Float[Tensor, ""]:
-    """Compute the expected share of the unpruned FLOPs under soft masks; the cost of a layer is that of `layer_macs`.
+def soft_cost_share(model: PrunedClassifier, trace: PruningTrace) -> Float[Tensor, ""]:
+    """Compute the expected share of the unpruned multiply-adds, the pruner's among them, under soft masks."""
+    return soft_cost(model, trace) / dense_cost(model, trace)
+
+
+def dense_cost(model: PrunedClassifier, trace: PruningTrace) -> Int[Tensor, ""]:
+    """Count the multiply-adds of the unpruned encoder on these texts."""
+    shape = model.encoder.shape
+    return dense_encoder_macs(trace.lengths, shape.layers, shape.dim, shape.ff_dim).sum()
+
+
+def soft_cost(model: PrunedClassifier, trace: PruningTrace) -> Float[Tensor, ""]:
+    """Compute the expected multiply-adds under soft masks, a layer's by `layer_macs`, and the pruner's.
 
     Layer by layer (LTP) a token passes layer l with probability M̃^l, so Σ_i Π_{k≤l} M̃^k_i tokens leave it. In a plan
     (STTABT) the masks say what is there: Σ m^l keys, Σ m^{l+1} queries and outputs.
     """
-    alive, cost = trace.valid.float(), torch.zeros((), device=trace.valid.device)
+    assert model.pruning is not None
+    shape, alive = model.encoder.shape, trace.valid.float()
+    cost = model.pruning.macs(trace).sum().float()
     is_plan = trace.entry is not None
     if trace.entry is not None and trace.entry.soft is not None:
         alive = trace.entry.soft
@@ -48,8 +61,30 @@ def soft_cost_share(trace: PruningTrace, dim: int, ff_dim: int) -> Float[Tensor,
         if layer.decision is not None and layer.decision.soft is not None:
             alive = layer.decision.soft if is_plan else alive * layer.decision.soft
         queries = alive.sum(1) if is_plan else before
-        cost = cost + layer_macs(dim, ff_dim, before, queries, alive.sum(1)).sum()
-    return cost / dense_encoder_macs(trace.lengths, len(trace.layers), dim, ff_dim).sum()
+        cost = cost + layer_macs(shape.dim, shape.ff_dim, before, queries, alive.sum(1)).sum()
+    return cost
+
+
+@torch.no_grad()
+def check_reach(model: PrunedClassifier, batches: Sequence[Batch], share: float) -> None:
+    """See before any training whether the retainer's knob spans a budget, and leave the knob where it was.
+
+    Raises:
+        UserError: the budget lies outside what the retainer can reach.
+    """
+    assert model.pruning is not None
+    retainer = model.pruning.retainer
+    assert retainer.knob_ends is not None
+    start, costs = float(retainer.knob), []
+    for end in retainer.knob_ends:
+        retainer.knob.fill_(end)
+        costs.append(cost_share(model, batches))
+    retainer.knob.fill_(start)
+    if not costs[0] - OUT_OF_REACH <= share <= costs[1] + OUT_OF_REACH:
+        raise UserError(
+            f"budget={share:g} cannot be met: on training texts this pruning costs between {costs[0]:.3f} and "
+            f"{costs[1]:.3f} of the unpruned FLOPs; ask for a budget between them, or choose another retainer or scorer"
+        )
 
 
 def meet_budget(model: PrunedClassifier, batches: Sequence[Batch], share: float) -> float:

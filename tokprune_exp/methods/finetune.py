@@ -1,4 +1,4 @@
-"""The unpruned encoder fine-tuned on the task: the dense reference, and AD-TP's teacher."""
+"""The unpruned encoder fine-tuned on the task: the dense reference, and what the other methods start or learn from."""
 
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.losses import task_loss

@@ -1,4 +1,4 @@
-"""Training under pruning that is in force and not learned: the base of the manual baselines and of LTP's last stage."""
+"""Training under pruning that is in force and not learned: the manual baselines, the last stage of LTP and STTABT."""
 
 from collections.abc import Callable
 

@@ -30,7 +30,7 @@ from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.losses import LTPLoss
 from tokprune_exp.measure.metrics import evaluate_metrics
-from tokprune_exp.methods.budget import cost_share, soft_cost_share
+from tokprune_exp.methods.budget import cost_share, dense_cost, soft_cost, soft_cost_share
 from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.hard import HardPruning
 from tokprune_exp.methods.module import Stage, Terms
@@ -71,6 +71,8 @@ class LTP(HardPruning):
         )
         if soft_epochs < 1:
             raise ValueError(f"method.soft_epochs={soft_epochs} must be at least 1")
+        if hard_lr is not None and hard_lr < 0:
+            raise ValueError(f"method.hard_lr={hard_lr} must not be negative")
         if not isinstance(self.retainer, LearnedThreshold):
             raise ValueError("ltp learns thresholds: retainer=learned_threshold")
         self.loss, self.soft_epochs, self.hard_lr = loss, soft_epochs, hard_lr
@@ -114,8 +116,7 @@ class LTP(HardPruning):
             return super().terms(batch)
         output = self.relaxed_pass(batch)
         parts = {"cross_entropy": losses.task_loss(output.logits.float(), batch.labels).mean()}
-        shape = self.model.encoder.shape
-        parts["soft_share"] = soft_cost_share(output.trace, shape.dim, shape.ff_dim)
+        parts["soft_share"] = soft_cost_share(self.model, output.trace)
         if self.budget is None:
             parts["tokens"] = losses.token_penalty(output.trace, self.loss.penalty)
             total = parts["cross_entropy"] + self.loss.lam * parts["tokens"]
@@ -132,20 +133,19 @@ class LTP(HardPruning):
     @torch.no_grad()
     def gap(self, data: TaskData, device: torch.device) -> dict[str, Any]:
         """Evaluate the selection slice with soft and with hard masks: metrics and share of the unpruned FLOPs."""
-        shape = self.model.encoder.shape
         batches = [batch.to(device) for batch in data.val_dataloader()]
         answers: dict[str, list[Tensor]] = {"soft": [], "hard": []}
-        soft_costs = []
+        costs, dense = 0.0, 0
         with without_dropout(self.model):
             for batch in batches:
                 soft = self.relaxed_pass(batch)
-                soft_share = soft_cost_share(soft.trace, shape.dim, shape.ff_dim)
-                soft_costs.append(float(soft_share) * len(batch.labels))
+                costs += float(soft_cost(self.model, soft.trace))
+                dense += int(dense_cost(self.model, soft.trace))
                 answers["soft"].append(soft.logits.float().cpu())
                 answers["hard"].append(self.model(batch).logits.float().cpu())
         labels = torch.cat([batch.labels for batch in batches]).cpu()
         metrics = {name: evaluate_metrics(self.metrics, torch.cat(logits), labels) for name, logits in answers.items()}
-        share = {"soft": sum(soft_costs) / len(labels), "hard": cost_share(self.model, batches)}
+        share = {"soft": costs / dense, "hard": cost_share(self.model, batches)}
         return {name: {**metrics[name], "cost_share": share[name]} for name in ("soft", "hard")}
 
     def on_train_epoch_end(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -44,8 +44,8 @@ class Stage:
     """Name of a logged error whose smallest value chooses the epoch; None: the largest first metric."""
     patience: int | None = None
     """Epochs without a better one after which the training ends early."""
-    shared: Callable[[TaskData], tuple[Path, nn.Module]] | None = None
-    """Where weights lie that other runs may have trained already, and the module that they are for."""
+    shared: Callable[[TaskData, Trainer], tuple[Path, nn.Module]] | None = None
+    """Where weights lie that other runs may have trained with such a Trainer, and the module that they are for."""
 
 
 class PruningModule(LightningModule):
@@ -69,6 +69,8 @@ class PruningModule(LightningModule):
         super().__init__()
         if epochs < self.fewest_epochs:
             raise ValueError(f"method.epochs={epochs} must be at least {self.fewest_epochs}")
+        if pruner_lr is not None and pruner_lr < 0:
+            raise ValueError(f"method.pruner_lr={pruner_lr} must not be negative")
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"method.warmup_fraction={warmup_fraction} must be at least 0 and below 1")
         self.model = model
@@ -144,21 +146,24 @@ class PruningModule(LightningModule):
                 ]
                 torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
+    def rate_of(self, name: str) -> float | None:
+        """The learning rate of a parameter of the model; None: the optimizer's."""
+        return self.pruner_lr if name.startswith("pruning.") else None
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build parameter groups (no decay for biases and norms, own rate for the pruning) and the linear schedule."""
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        groups: dict[tuple[float | None, bool], list[Tensor]] = {}
         for name, parameter in self.trained_parameters():
             if parameter.requires_grad:
-                is_pruner = name.startswith("pruning.") and self.pruner_lr is not None
-                groups.setdefault((is_pruner, parameter.dim() > 1), []).append(parameter)
+                groups.setdefault((self.rate_of(name), parameter.dim() > 1), []).append(parameter)
         optimizer = self.build_optimizer(
             [
                 {
                     "params": parameters,
-                    **({"lr": self.pruner_lr} if is_pruner else {}),
+                    **({} if lr is None else {"lr": lr}),
                     **({} if decays else {"weight_decay": 0.0}),
                 }
-                for (is_pruner, decays), parameters in groups.items()
+                for (lr, decays), parameters in groups.items()
             ]
         )
         steps = int(self.trainer.estimated_stepping_batches)

@@ -76,7 +76,17 @@ class STTABT(HardPruning):
         )
         if not isinstance(self.retainer, Planner):
             raise ValueError("sttabt plans ahead: retainer=backtracking or concrete")
-        self.loss, self.soft_epochs, self.trains_approx = loss, soft_epochs, trains_approx
+        for name, value, least in (
+            ("soft_epochs", soft_epochs, 1),
+            ("approx_epochs", approx_epochs, 1),
+            ("approx_text_epochs", approx_text_epochs, 1),
+            ("approx_patience", approx_patience, 0),
+            ("approx_lr", approx_lr, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"method.{name}={value} must be at least {least}")
+        self.loss, self.soft_epochs = loss, soft_epochs
+        self.trains_approx, self.approx_lr = trains_approx, approx_lr
         self.learns_theta = False
         self.distillation: tuple[ApproxDistillation, ...] = ()
         self.text_stage: list[Stage] = []
@@ -95,23 +105,23 @@ class STTABT(HardPruning):
 
     def stages(self) -> list[Stage]:
         """The dense model, the ApproxNet, then soft and hard masks, or one training under the plan, or none."""
-        approx = [stage for one in self.distillation for stage in one.stages()]
-        for stage in approx:
-            stage.before = self.start_approx
+        own = [replace(one.stages()[0], before=self.start_approx) for one in self.distillation]
         if isinstance(self.retainer, Concrete):
-            soft = [Stage("soft", self, self.soft_epochs, before=self.soften, keeps="last")]
-        else:
-            soft = []
-        before = [*self.text_stage, *self.teacher_stages()]
-        return [*before, *approx, *soft, Stage("hard", self, self.epochs, before=self.prune_hard)]
+            own.append(Stage("soft", self, self.soft_epochs, before=self.soften, keeps="last"))
+        own.append(Stage("hard", self, self.epochs, before=self.prune_hard))
+        own[0] = replace(own[0], before=chained(self.start, own[0].before))
+        return [*self.text_stage, *self.teacher_stages(), *own]
+
+    def start(self, data: TaskData, device: torch.device) -> None:
+        """Start from the dense model, once, in the first stage of this method's own."""
+        self.start_from_teacher()
 
     def start_approx(self, data: TaskData, device: torch.device) -> None:
-        """Start from the dense model and, unless text has taught it before, an untrained ApproxNet; measure that."""
-        self.start_from_teacher()
+        """Start the ApproxNet, unless text has taught it before; measure how far off it is."""
         (distillation,) = self.distillation
         if not self.text_stage:
             self.initialise_approx(data, device)
-        self.findings["approximation"] = {"untrained": distillation.approximation_error(data, device)}
+        distillation.findings["approximation"] = {"untrained": distillation.approximation_error(data, device)}
 
     def initialise_approx(self, data: TaskData, device: torch.device) -> None:
         """Set the ApproxNet where its initialisation says."""
@@ -120,28 +130,33 @@ class STTABT(HardPruning):
 
     def soften(self, data: TaskData, device: torch.device) -> None:
         """Learn θ through the concrete mask."""
-        self.finish_approx(data, device)
+        self.take_over_approx(data, device)
+        for distillation in self.distillation:
+            distillation.approx.requires_grad_(self.trains_approx)
         self.learns_theta = True
 
     def prune_hard(self, data: TaskData, device: torch.device) -> None:
-        """From now on the plan is hard; θ is frozen."""
+        """From now on the plan is hard, and no gradient reaches what makes it."""
+        self.take_over_approx(data, device)
+        self.scorer.requires_grad_(False)
+        self.retainer.requires_grad_(False)
         self.learns_theta = False
-        self.finish_approx(data, device)
-        if isinstance(self.retainer, Concrete):
-            self.retainer.theta.requires_grad_(False)
         self.aim_at_budget(data, device)
 
-    def finish_approx(self, data: TaskData, device: torch.device) -> None:
-        """Freeze the ApproxNet unless it is to train along, and measure it."""
+    def take_over_approx(self, data: TaskData, device: torch.device) -> None:
+        """Measure the distilled ApproxNet, once, beside what was found out before its distillation."""
         self.model.to(device)
-        if not self.distillation:
-            self.start_from_teacher()
-            return
-        (distillation,) = self.distillation
-        distillation.approx.requires_grad_(self.trains_approx)
-        if not self.learns_theta and "distilled" not in self.findings.get("approximation", {}):
-            error = distillation.approximation_error(data, device)
-            self.findings["approximation"] = {**distillation.findings.get("approximation", {}), "distilled": error}
+        for distillation in self.distillation:
+            if "approximation" not in self.findings:
+                distilled = distillation.approximation_error(data, device)
+                self.findings["approximation"] = {
+                    **distillation.findings.get("approximation", {}),
+                    "distilled": distilled,
+                }
+
+    def rate_of(self, name: str) -> float | None:
+        """An ApproxNet that trains along keeps the rate of its distillation."""
+        return self.approx_lr if name.startswith("pruning.scorer.") else super().rate_of(name)
 
     def terms(self, batch: Batch) -> Terms:
         """Compute eq. 6 in the soft stage, the task loss under the plan in the hard one."""
@@ -150,9 +165,9 @@ class STTABT(HardPruning):
         assert isinstance(self.retainer, Concrete)
         with self.retainer.relaxed():
             output = self.model(batch)
-        shape, retainer = self.model.encoder.shape, self.retainer
+        retainer = self.retainer
         parts = {"cross_entropy": losses.task_loss(output.logits.float(), batch.labels).mean()}
-        parts["soft_share"] = soft_cost_share(output.trace, shape.dim, shape.ff_dim)
+        parts["soft_share"] = soft_cost_share(self.model, output.trace)
         parts["theta"] = (retainer.theta - retainer.theta_init).square().sum()
         total = parts["cross_entropy"] + self.loss.lam_theta * parts["theta"]
         if self.budget is None:
@@ -163,3 +178,16 @@ class STTABT(HardPruning):
             parts["budget"] = (parts["soft_share"] - self.budget).square()
             total = total + self.loss.budget_weight * parts["budget"]
         return Terms(total, parts)
+
+
+def chained(
+    first: Callable[[TaskData, torch.device], None], second: Callable[[TaskData, torch.device], None] | None
+) -> Callable[[TaskData, torch.device], None]:
+    """One after the other."""
+
+    def both(data: TaskData, device: torch.device) -> None:
+        first(data, device)
+        if second is not None:
+            second(data, device)
+
+    return both

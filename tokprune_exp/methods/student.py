@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
-from tokprune_exp.methods.budget import meet_budget
+from tokprune_exp.methods.budget import check_reach, meet_budget
 from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.module import PruningModule, Stage
 from tokprune_exp.model import PrunedClassifier
@@ -23,8 +23,9 @@ CALIBRATIONS = 5
 class StudentModule(PruningModule):
     """Trains a model that drops tokens, after a dense one: its teacher, or the weights that it starts from.
 
-    With a `target_share` the cost is held during training: the retainer's knob is set on training texts as long as
-    those of the reported split, so that training, the choice of the epoch and the result are all at that share.
+    With a `target_share` the cost is held during training: the retainer's knob is set on training texts that are, where
+    the training split has such, as long as those of the reported split, so that training, the choice of the epoch and
+    the result are at that share.
     """
 
     def __init__(
@@ -71,6 +72,12 @@ class StudentModule(PruningModule):
     def teacher_stages(self) -> list[Stage]:
         """The training of the dense model, unless it was trained before or there is none."""
         return [] if self.teacher_is_trained else [Stage("teacher", one, one.epochs) for one in self.teachers]
+
+    def check_budget(self, data: TaskData) -> None:
+        """See whether the budget can be met, before any time is spent on training."""
+        if self.budget is not None:
+            self.draw_calibration(data, torch.device("cpu"))
+            check_reach(self.model, self.calibration, self.budget)
 
     def start_from_teacher(self) -> None:
         """Copy the dense model's weights if that is asked for."""

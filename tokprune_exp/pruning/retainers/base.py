@@ -5,6 +5,8 @@ scorer that reads hidden states it prunes before a layer, with one that reads at
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +25,6 @@ class Retainer(nn.Module, ABC):
     from the cheapest end to the dearest without another training (`methods/budget.py`).
     """
 
-    prunes: ClassVar[bool] = True
     knob_ends: ClassVar[tuple[float, float] | None] = None
     """The knob at the fewest tokens and at the most."""
 
@@ -60,6 +61,21 @@ class LayerRetainer(Retainer):
         return 0
 
 
+class Relaxable:
+    """A retainer whose hard mask has a soft one, used inside `relaxed()` and nowhere else."""
+
+    is_relaxed = False
+
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Within this block the mask is differentiable."""
+        self.is_relaxed = True
+        try:
+            yield
+        finally:
+            self.is_relaxed = False
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every layer computes, known before the first one.
@@ -88,8 +104,6 @@ class Planner(Retainer):
 
 class KeepAll(LayerRetainer):
     """Keeps everything: the unpruned model."""
-
-    prunes = False
 
     def __init__(self, dim: int, layers: int) -> None:
         super().__init__(dim, layers)

@@ -10,8 +10,6 @@ In the soft stage a token is attended to in proportion to m: attention weights a
 and 1 this is the hard model exactly. (The official code also multiplies the outputs of every linear layer by m.)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,12 +19,12 @@ from torch import Tensor, nn
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.pruning.retainers.backtracking import only_first
-from tokprune_exp.pruning.retainers.base import Plan, Planner
+from tokprune_exp.pruning.retainers.base import Plan, Planner, Relaxable
 
 SMALL = 1e-7
 
 
-class Concrete(Planner):
+class Concrete(Relaxable, Planner):
     """Learns p_θ of every layer through the concrete mask (inside `relaxed()`; outside it the mask is hard).
 
     The knob is added to every θ.
@@ -54,16 +52,11 @@ class Concrete(Planner):
         self.theta_init, self.propagation, self.temperature, self.floor = theta_init, propagation, temperature, floor
         self.theta = nn.Parameter(torch.full((layers,), float(theta_init)))
         self.has_knob(0.0)
-        self.is_relaxed = False
 
-    @contextmanager
-    def relaxed(self) -> Iterator[None]:
-        """Within this block the mask is differentiable."""
-        self.is_relaxed = True
-        try:
-            yield
-        finally:
-            self.is_relaxed = False
+    @property
+    def kept_probabilities(self) -> Float[Tensor, " layers"]:
+        """p_θ of every layer: about the share of the tokens that are keys there."""
+        return (self.theta + self.knob.to(self.theta.dtype)).sigmoid()
 
     def plan(self, scores: list[Float[Tensor, "batch heads grid grid"]], layout: Layout) -> Plan:
         """Run eqs. 3 to 5 from the last layer back to the first."""

@@ -9,8 +9,6 @@ never prunes and never learns, and the last one starts at θ^(L)·(L − 1)/L. I
 pruned as a key while the classifier still reads it as a query; here it always stays, since what is read cannot be gone.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision
-from tokprune_exp.pruning.retainers.base import LayerRetainer, prunable_and_protected
+from tokprune_exp.pruning.retainers.base import LayerRetainer, Relaxable, prunable_and_protected
 
 
 class ManualThreshold(LayerRetainer):
@@ -73,7 +71,7 @@ class ManualThreshold(LayerRetainer):
         return {"final_threshold": self.final_threshold, "rise": self.rise, **super().settings()}
 
 
-class LearnedThreshold(ManualThreshold):
+class LearnedThreshold(Relaxable, ManualThreshold):
     """LTP's thresholds, learned through a relaxed mask (inside `relaxed()`; outside it the choice is hard).
 
     `relaxation: soft` is LTP: nothing is pruned, each layer's output is multiplied by M̃ (eq. 12). The soft and the hard
@@ -98,21 +96,11 @@ class LearnedThreshold(ManualThreshold):
             raise ValueError(f"retainer.relaxation={relaxation}: soft or straight_through")
         self.temperature, self.relaxation = temperature, relaxation
         self.offset = nn.Parameter(torch.zeros(layers))
-        self.is_relaxed = False
 
     @property
     def thresholds(self) -> Float[Tensor, " layers"]:
         """θ of every layer: where it started plus what was learned."""
         return (self.start + self.offset) * self.knob.exp().float()
-
-    @contextmanager
-    def relaxed(self) -> Iterator[None]:
-        """Within this block the mask is differentiable."""
-        self.is_relaxed = True
-        try:
-            yield
-        finally:
-            self.is_relaxed = False
 
     def forward(
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int
