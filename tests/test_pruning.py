@@ -453,7 +453,7 @@ def test_a_random_ratio_has_the_asked_mean_and_stays_in_its_range() -> None:
     assert kept.float().std() > 5
 
 
-def test_an_adaptive_ratio_is_the_candidate_with_the_largest_score() -> None:
+def test_an_adaptive_ratio_is_a_quantile_of_what_is_predicted() -> None:
     layout, hidden = a_layout([21, 11, 6])
     retainer = AdaptiveRatio(6, 4, candidates=5)
     assert retainer.ratios.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -462,8 +462,16 @@ def test_an_adaptive_ratio_is_the_candidate_with_the_largest_score() -> None:
     for row, length in enumerate([21, 11, 6]):
         scores = retainer.classifier(hidden[row, :length].mean(0))
         torch.testing.assert_close(decision.ratio_logits[row], scores, atol=1e-5, rtol=0)
-        kept = 1 + math.ceil((int(scores.argmax()) + 1) / 5 * (length - 1) - 1e-9)
-        assert int(decision.keep[row].sum()) == kept
+        for quantile in (0.5, 0.1, 0.9):
+            retainer.knob.fill_(quantile)
+            so_far, chosen = 0.0, 0
+            for chosen, probability in enumerate(scores.softmax(0).tolist(), start=1):
+                so_far += probability
+                if so_far >= quantile:
+                    break
+            keep = retainer(torch.rand(3, 21), hidden, layout, 0).keep
+            assert int(keep[row].sum()) == 1 + math.ceil(chosen / 5 * (length - 1) - 1e-9)
+        retainer.knob.fill_(0.5)
 
 
 @pytest.mark.parametrize(

@@ -139,20 +139,19 @@ class RandomRatio(RatioRetainer):
 
 
 class AdaptiveRatio(RatioRetainer):
-    """AD-TP's adaptive retention ratio predictor: q = softmax(W g + b) over r_c = c/C, ρ = r_argmax.
+    """AD-TP's adaptive retention ratio predictor: q = softmax(W g + b) over r_c = c/C.
 
     `ratio` is the mean ρ* that its training aims at. The slides read g from the [CLS] *embedding*, which before the
     first layer is the same vector for every text, so the ratio would be a constant; hence `summary: mean` (of the
     hidden states) by default, and `cls` is refused at layer 0 (docs/adtp.md).
 
-    In training, `explores` makes the ratio a Gumbel sample with a straight-through gate instead of the argmax, so that
+    In training, `explores` makes the ratio a Gumbel sample with a straight-through gate, so that
     the task loss can teach W (docs/adtp.md 5).
 
-    An argmax need not average as its labels did, so the knob is a tilt t: ρ = r_c at c = argmax (logits_c + t·r_c). It
-    is set after training such that the mean cost is the one asked for, and leaves to the logits who gets more.
+    The slides take ρ at the argmax of q, which need not average as its labels did. Here ρ is a quantile of q, the
+    smallest r_c with Σ_{c'≤c} q_c' ≥ knob: at 1/2 the median, and for another mean cost a lower or higher one, the same
+    for all texts, so that q still says who gets more, and nobody gets a ratio that q gives no weight.
     """
-
-    knob_ends = (-100.0, 100.0)
 
     def __init__(
         self,
@@ -177,7 +176,7 @@ class AdaptiveRatio(RatioRetainer):
             raise ValueError(f"retainer.candidates={candidates} must be at least 2")
         self.dim, self.candidates, self.summary = dim, candidates, summary
         self.classifier = nn.Linear(dim * (2 if summary == "cls_mean" else 1), candidates)
-        self.has_knob(0.0)
+        self.has_knob(0.5)
         self.explores = False
         self.gumbel_temperature = 1.0
 
@@ -188,7 +187,8 @@ class AdaptiveRatio(RatioRetainer):
 
     def choice(self, logits: Float[Tensor, "batch ratios"]) -> Int[Tensor, " batch"]:
         """Return the index of each sequence's ratio."""
-        return (logits + self.knob.to(logits.dtype) * self.ratios).argmax(-1)
+        below = logits.softmax(-1).cumsum(-1) < self.knob
+        return below.sum(-1).clamp(max=self.candidates - 1)
 
     def forward(
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int
