@@ -18,10 +18,8 @@ from tokprune_exp.measure.flops import (
     check_against_fvcore,
     count_with_fvcore,
     ltp_encoder_macs,
-    sttabt_approx_net_flops,
-    sttabt_encoder_flops,
-    sttabt_mask_update_flops,
 )
+from tokprune_exp.measure.sttabt_flops import sttabt_approx_net_flops, sttabt_encoder_flops, sttabt_mask_update_flops
 
 BERT_BASE = {"dim": 768, "ff_dim": 3072}
 

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "transformers": ["encoder.pretrained", "data"],
     "fvcore": ["measure.flops"],
 }
-PURE = ["pruning", "losses", "attribution", "measure.flops"]
+PURE = ["pruning", "losses", "attribution", "measure.flops", "measure.sttabt_flops"]
 PURE_IMPORTS = {"torch", "jaxtyping", "fvcore", *sys.stdlib_module_names}
 PURE_NEIGHBOURS = [*PURE, "encoder.trace", "encoder.layout", "encoder.cost", "encoder.encoder", "errors"]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -464,11 +465,8 @@ def test_an_adaptive_ratio_is_a_quantile_of_what_is_predicted() -> None:
         torch.testing.assert_close(decision.ratio_logits[row], scores, atol=1e-5, rtol=0)
         for quantile in (0.5, 0.1, 0.9):
             retainer.knob.fill_(quantile)
-            so_far, chosen = 0.0, 0
-            for chosen, probability in enumerate(scores.softmax(0).tolist(), start=1):
-                so_far += probability
-                if so_far >= quantile:
-                    break
+            so_far = list(accumulate(scores.softmax(0).tolist()))
+            chosen = 1 + next(place for place, share in enumerate(so_far) if share >= quantile)
             keep = retainer(torch.rand(3, 21), hidden, layout, 0).keep
             assert int(keep[row].sum()) == 1 + math.ceil(chosen / 5 * (length - 1) - 1e-9)
         retainer.knob.fill_(0.5)
