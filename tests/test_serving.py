@@ -128,6 +128,7 @@ def test_stretches_grey_a_part_of_a_word_alone_and_spaces_only_between_dropped_t
         logits=[0.0, 9.0],
         tokens=[Token("[CLS]", None, 0, 0), *(Token(piece, 0, start, end) for piece, start, end in pieces)],
         kept=[[True] * 7, [True, True, False, False, False, True, False]],
+        read=[True, True, False, False, False, True, False],
         truncated=True,
     )
     assert prediction.stretches() == [[("it", True), ("'s un", False), ("believ", True), ("able", False)]]

@@ -36,8 +36,9 @@ class Prediction:
     """The answer for one text (or pair) and the tokens that it was computed from.
 
     A classifier gives `label` and its `probability`; in regression both are None and `logits` holds the score.
-    `kept[layer][token]` says whether a token went on through the feed-forward block of a layer. `truncated` says that
-    the text was longer than the model reads, so that its end has no tokens.
+    `kept[layer][token]` says whether a token went on through the feed-forward block of a layer, `read[token]` whether
+    the last layer could still attend to it (behind that layer LTP and STTABT leave nothing but the first token).
+    `truncated` says that the text was longer than the model reads, so that its end has no tokens.
     """
 
     text: Text
@@ -46,6 +47,7 @@ class Prediction:
     logits: list[float]
     tokens: list[Token]
     kept: list[list[bool]]
+    read: list[bool]
     truncated: bool
 
     @property
@@ -59,7 +61,7 @@ class Prediction:
         return f"{answer} · {counts}" + (" · truncated" if self.truncated else "")
 
     def stretches(self) -> list[list[tuple[str, bool]]]:
-        """Cut each text into stretches and whether the last layer kept them; what was truncated is left out.
+        """Cut each text into stretches and whether the last layer read them; what was truncated is left out.
 
         What stands between two tokens, mostly a space, is dropped only if both of them are.
         """
@@ -67,7 +69,7 @@ class Prediction:
         return [_stretches(text, list(self._tokens_of(number))) for number, text in enumerate(texts)]
 
     def _tokens_of(self, text: int) -> Iterator[tuple[Token, bool]]:
-        for token, is_kept in zip(self.tokens, self.kept[-1], strict=True):
+        for token, is_kept in zip(self.tokens, self.read, strict=True):
             if token.text == text:
                 yield token, is_kept
 
@@ -103,11 +105,10 @@ class TextClassifier:
         encodings = self._encode(texts)
         predictions: list[Prediction | None] = [None] * len(texts)
         for rows, output in self._outputs(encodings, batch_size):
-            # of a plan the last outputs are [CLS] alone; what was read of the text are the keys
-            shown = "outputs" if output.trace.entry is None else "keys"
-            masks = torch.stack([getattr(layer, shown) for layer in output.trace.layers], dim=1)  # (B, layers, N)
-            for row, logits, kept in zip(rows.tolist(), output.logits, masks, strict=True):
-                predictions[row] = self._prediction(texts[row], encodings[row], logits, kept)
+            masks = torch.stack([layer.outputs for layer in output.trace.layers], dim=1)  # (B, layers, N)
+            read = output.trace.layers[-1].keys
+            for row, logits, *tokens in zip(rows.tolist(), output.logits, masks, read, strict=True):
+                predictions[row] = self._prediction(texts[row], encodings[row], logits, *tokens)
         return [prediction for prediction in predictions if prediction is not None]
 
     def logits(self, texts: Sequence[Text], batch_size: int = 32) -> Float[Tensor, "texts outputs"]:
@@ -153,7 +154,7 @@ class TextClassifier:
         for batch in BatchLoader(split, sorted_batches(split.lengths, batch_size)):
             yield batch.index, self.model(batch, "gathered")
 
-    def _prediction(self, text: Text, encoding: Encoding, logits: Tensor, kept: Tensor) -> Prediction:
+    def _prediction(self, text: Text, encoding: Encoding, logits: Tensor, kept: Tensor, read: Tensor) -> Prediction:
         label, probability = None, None
         if self.card.labels:
             best = int(logits.argmax())
@@ -166,6 +167,7 @@ class TextClassifier:
             logits=logits.tolist(),
             tokens=[Token(piece, number, start, end) for piece, number, (start, end) in pieces],
             kept=kept[:, : len(encoding)].tolist(),
+            read=read[: len(encoding)].tolist(),
             truncated=bool(encoding.overflowing),
         )
 
