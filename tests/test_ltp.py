@@ -4,12 +4,13 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gathered import SENTENCES, assert_gathered_equals_masked, loaded_once
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from tokprune_exp.data.tokenise import encode_texts
 from tokprune_exp.encoder.backbone import Backbone, RandomShape
 from tokprune_exp.encoder.encoder import EncoderShape, PrunedEncoder
 from tokprune_exp.encoder.layout import Padded, Sequences
-from tokprune_exp.encoder.pretrained import LoadedBackbone, load_backbone, random_encoder
+from tokprune_exp.encoder.pretrained import random_encoder
 from tokprune_exp.encoder.trace import Decision, LayerTrace, PruningTrace
 from tokprune_exp.head import Head
 from tokprune_exp.losses import LTPLoss, token_penalty
@@ -595,16 +596,6 @@ PRUNED = {
 }
 
 
-def assert_gathered_equals_masked(model: PrunedClassifier, batch: Batch) -> PruningTrace:
-    with torch.no_grad():
-        masked, gathered = model(batch), model(batch, "gathered")
-    torch.testing.assert_close(gathered.logits, masked.logits, atol=1e-5, rtol=0)
-    for ours, theirs in zip(gathered.trace.layers, masked.trace.layers, strict=True):
-        for kind in ("keys", "queries", "outputs"):
-            assert torch.equal(getattr(ours, kind), getattr(theirs, kind))
-    return gathered.trace
-
-
 @pytest.mark.parametrize("retainer", PRUNED)
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_gathered_equals_masked_on_random_weights(
@@ -626,22 +617,6 @@ def test_fvcore_counts_the_closed_form_of_a_model_that_prunes_at_every_layer(
 ) -> None:
     model = ltp_model(random_classifier, offsets=OFFSETS)
     assert check_flops(model, [ragged_batch(model, lengths) for lengths in ([23], [11, 1, 7])]) == 2
-
-
-SENTENCES = [
-    "dull",
-    "a gripping, beautifully acted film that never once lets go of you",
-    "two hours of nothing. " * 12,
-    "it is not the worst of its kind , but its charms are few and its jokes are old",
-    "Why?",
-    "the plot, which wanders from Lisbon to Vladivostok, is a pretext for photography of the very first order",
-    "an utterly charming film",
-]
-
-
-@cache
-def loaded_once(directory: Path) -> LoadedBackbone:
-    return load_backbone(Backbone(name="real", path=str(directory)), "")
 
 
 def assert_gathered_equals_masked_with_the_weights_of(directory: Path, retainer: str) -> None:
@@ -957,3 +932,14 @@ def test_ltp_without_learned_thresholds_or_without_a_soft_epoch_is_refused(
         HardPruning(model, ["accuracy"], torch.optim.AdamW)
         with pytest.raises(ValueError, match="ltp learns thresholds: retainer=learned_threshold"):
             LTP(model, ["accuracy"], torch.optim.AdamW, LTPLoss())
+
+
+def test_the_trace_says_which_threshold_was_in_force_in_each_layer(
+    random_classifier: Build, ragged_batch: Build
+) -> None:
+    model = ltp_model(random_classifier, offsets=OFFSETS)
+    model.pruning.retainer.knob.fill_(math.log(2))
+    with torch.no_grad():
+        decisions = model(ragged_batch(model, LENGTHS)).trace.decisions
+    expected = [2 * (0.01 * (layer + 1) / LAYERS + offset) for layer, offset in enumerate(OFFSETS)]
+    assert [float(one.threshold) for one in decisions] == pytest.approx(expected)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import enlarged
+from gathered import SENTENCES, assert_gathered_equals_masked, loaded_once
 from lightning.pytorch import Trainer
 from test_config import problems
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from tokprune_exp.data.task import Task
 from tokprune_exp.data.tokenise import encode_texts
 from tokprune_exp.encoder.backbone import Backbone, RandomShape
 from tokprune_exp.encoder.layout import Padded, Sequences
-from tokprune_exp.encoder.pretrained import LoadedBackbone, load_backbone, random_encoder
+from tokprune_exp.encoder.pretrained import random_encoder
 from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.head import Head
 from tokprune_exp.losses import STTABTLoss, mean_mask
@@ -577,16 +578,6 @@ def test_with_every_token_the_answer_is_that_of_the_dense_model(
     assert pruned.trace.counts("outputs")[:, -1].tolist() == [1] * 7
 
 
-def assert_gathered_equals_masked(model: PrunedClassifier, batch: Batch) -> PruningTrace:
-    with torch.no_grad():
-        masked, gathered = model(batch), model(batch, "gathered")
-    torch.testing.assert_close(gathered.logits, masked.logits, atol=1e-5, rtol=0)
-    for ours, theirs in zip(gathered.trace.layers, masked.trace.layers, strict=True):
-        for kind in ("keys", "queries", "outputs"):
-            assert torch.equal(getattr(ours, kind), getattr(theirs, kind))
-    return gathered.trace
-
-
 def assert_the_sets_are_a_plan(trace: PruningTrace) -> None:
     assert torch.equal(trace.layers[0].keys, trace.entry.keep) and (trace.entry.keep <= trace.valid).all()
     for layer, following in zip(trace.layers, trace.layers[1:], strict=False):
@@ -606,22 +597,6 @@ def test_gathered_equals_masked_on_random_weights(
         trace = assert_gathered_equals_masked(model, ragged_batch(model, (LENGTHS * 5)[:size], extra=2))
         assert_the_sets_are_a_plan(trace)
         assert 1 < trace.counts("keys")[0, -1] < 23 and trace.counts("keys").diff(dim=1).max() <= 0
-
-
-SENTENCES = [
-    "dull",
-    "a gripping, beautifully acted film that never once lets go of you",
-    "two hours of nothing. " * 7,
-    "it is not the worst of its kind , but its charms are few and its jokes are old",
-    "Why?",
-    "the plot, which wanders from Lisbon to Vladivostok, is a pretext for photography of the very first order",
-    "an utterly charming film",
-]
-
-
-@cache
-def loaded_once(directory: Path) -> LoadedBackbone:
-    return load_backbone(Backbone(name="real", path=str(directory)), "")
 
 
 def assert_gathered_equals_masked_with_the_weights_of(directory: Path, pair: str) -> None:
@@ -1047,7 +1022,6 @@ def test_distillation_brings_the_attention_nearer_and_does_not_touch_the_teacher
 ) -> None:
     method = tiny_sttabt(tiny_tokenizer, "approx_backtracking", approx_epochs=4, approx_lr=1e-2)
     run_stages(method, data, tmp_path, until="teacher")
-    method.start(data, torch.device("cpu"))
     method.start_approx(data, torch.device("cpu"))
     before = weights_of(method.model.encoder, method.model.head)
     untrained = method.distillation[0].findings["approximation"]["untrained"]

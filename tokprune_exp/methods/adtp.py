@@ -67,13 +67,13 @@ class ADTP(StudentModule):
             model,
             metrics,
             optimizer,
-            epochs,
-            warmup_fraction,
-            pruner_lr,
             teacher,
             teacher_is_trained,
             initialises_student,
             budget,
+            epochs,
+            warmup_fraction,
+            pruner_lr,
         )
         if not 0 <= dense_fraction <= 1:
             raise ValueError(f"method.dense_fraction={dense_fraction} must lie between 0 and 1")
@@ -121,8 +121,8 @@ class ADTP(StudentModule):
             return
         self.draw_calibration(data, device)
         assert self.model.pruning is not None
-        shape, adaptive = self.model.encoder.shape, self.one_ratio
-        static = StaticRatio(shape.dim, shape.layers, adaptive.ratio, adaptive.layer, adaptive.keeps_separators)
+        shape, retainer = self.model.encoder.shape, self.one_ratio
+        static = StaticRatio(shape.dim, shape.layers, retainer.ratio, retainer.layer, retainer.keeps_separators)
         same_for_all = PrunedClassifier(
             self.model.encoder, self.model.head, Pruning(self.scorer, static), self.model.separator
         ).to(device)
@@ -130,7 +130,7 @@ class ADTP(StudentModule):
             self.target_share = cost_share(same_for_all, self.calibration)
         else:
             self.target_share = meet_budget(same_for_all, self.calibration, self.budget)
-            adaptive.ratio = self.findings["ratio_asked"] = float(static.knob)
+            retainer.ratio = self.findings["ratio_asked"] = float(static.knob)
 
     def calibrated_eta(self, data: TaskData) -> float:
         """Find η such that the mean pseudo-labelled ratio of the training set, by the teacher's view, is ρ*."""

@@ -1,17 +1,12 @@
 """Training under pruning that is in force and not learned: the manual baselines, the last stage of LTP and STTABT."""
 
-from collections.abc import Callable
-
 import torch
-from torch.optim import Optimizer
 
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.losses import task_loss
-from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.module import Stage, Terms
 from tokprune_exp.methods.student import StudentModule
-from tokprune_exp.model import PrunedClassifier
 
 
 class HardPruning(StudentModule):
@@ -21,32 +16,6 @@ class HardPruning(StudentModule):
     """
 
     fewest_epochs = 0
-
-    def __init__(
-        self,
-        model: PrunedClassifier,
-        metrics: list[str],
-        optimizer: Callable[..., Optimizer],
-        teacher: Finetune | None = None,
-        teacher_is_trained: bool = False,
-        initialises_student: bool = False,
-        budget: float | None = None,
-        epochs: int = 3,
-        warmup_fraction: float = 0.1,
-        pruner_lr: float | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            metrics,
-            optimizer,
-            epochs,
-            warmup_fraction,
-            pruner_lr,
-            teacher,
-            teacher_is_trained,
-            initialises_student,
-            budget,
-        )
 
     def stages(self) -> list[Stage]:
         """First the dense model, then the training under pruning."""

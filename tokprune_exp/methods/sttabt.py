@@ -109,15 +109,11 @@ class STTABT(HardPruning):
         if isinstance(self.retainer, Concrete):
             own.append(Stage("soft", self, self.soft_epochs, before=self.soften, keeps="last"))
         own.append(Stage("hard", self, self.epochs, before=self.prune_hard))
-        own[0] = replace(own[0], before=chained(self.start, own[0].before))
         return [*self.text_stage, *self.teacher_stages(), *own]
 
-    def start(self, data: TaskData, device: torch.device) -> None:
-        """Start from the dense model, once, in the first stage of this method's own."""
-        self.start_from_teacher()
-
     def start_approx(self, data: TaskData, device: torch.device) -> None:
-        """Start the ApproxNet, unless text has taught it before; measure how far off it is."""
+        """Start from the dense model, and the ApproxNet unless text has taught it before; measure how far off it is."""
+        self.start_from_teacher()
         (distillation,) = self.distillation
         if not self.text_stage:
             self.initialise_approx(data, device)
@@ -130,6 +126,8 @@ class STTABT(HardPruning):
 
     def soften(self, data: TaskData, device: torch.device) -> None:
         """Learn θ through the concrete mask."""
+        if not self.distillation:  # else that stage has started from the dense model
+            self.start_from_teacher()
         self.take_over_approx(data, device)
         for distillation in self.distillation:
             distillation.approx.requires_grad_(self.trains_approx)
@@ -137,6 +135,8 @@ class STTABT(HardPruning):
 
     def prune_hard(self, data: TaskData, device: torch.device) -> None:
         """From now on the plan is hard, and no gradient reaches what makes it."""
+        if not self.distillation and not isinstance(self.retainer, Concrete):  # no stage before this one
+            self.start_from_teacher()
         self.take_over_approx(data, device)
         self.scorer.requires_grad_(False)
         self.retainer.requires_grad_(False)
@@ -178,16 +178,3 @@ class STTABT(HardPruning):
             parts["budget"] = (parts["soft_share"] - self.budget).square()
             total = total + self.loss.budget_weight * parts["budget"]
         return Terms(total, parts)
-
-
-def chained(
-    first: Callable[[TaskData, torch.device], None], second: Callable[[TaskData, torch.device], None] | None
-) -> Callable[[TaskData, torch.device], None]:
-    """One after the other."""
-
-    def both(data: TaskData, device: torch.device) -> None:
-        first(data, device)
-        if second is not None:
-            second(data, device)
-
-    return both

@@ -33,13 +33,13 @@ class StudentModule(PruningModule):
         model: PrunedClassifier,
         metrics: list[str],
         optimizer: Callable[..., Optimizer],
-        epochs: int,
-        warmup_fraction: float,
-        pruner_lr: float | None,
-        teacher: Finetune | None,
-        teacher_is_trained: bool,
-        initialises_student: bool,
-        budget: float | None,
+        teacher: Finetune | None = None,
+        teacher_is_trained: bool = False,
+        initialises_student: bool = False,
+        budget: float | None = None,
+        epochs: int = 3,
+        warmup_fraction: float = 0.1,
+        pruner_lr: float | None = None,
     ) -> None:
         super().__init__(model, metrics, optimizer, epochs, warmup_fraction, pruner_lr)
         if budget is not None and not 0 < budget < 1:

@@ -134,8 +134,8 @@ class ApproxAttention(AttentionSource):
 def interpolate_weights(large: PrunedEncoder, small: PrunedEncoder) -> None:
     """Resize every weight linearly to the small encoder's sizes.
 
-    Averaging makes weights small and attention with them even, which is nearer to the truth than the sharp and wrong
-    attention of weights scaled back to their deviation (KL 1.10 against 1.34 on MiniLM at factor 4).
+    Averaging makes weights small and attention with them even. They are not scaled back to their deviation: that makes
+    attention sharp before it is right.
     """
     theirs = large.state_dict()
     for name, parameter in small.state_dict().items():
