@@ -519,7 +519,7 @@ def test_a_sampled_ratio_gives_a_gate_that_equals_the_keep_mask(
     hidden = torch.randn_like(start)
     kept = set()
     for _ in range(10):
-        decision = model.pruning.decide(hidden, layout, None, 0, "before")
+        decision = model.pruning.layerwise.decide(hidden, layout, None, 0, "before")
         assert decision.gate is not None and torch.equal(decision.gate.detach(), decision.keep.float())
         ratio_of = (decision.keep.sum(1) - 1)[4].item()
         kept.add(ratio_of)

@@ -51,12 +51,12 @@ def test_logits_are_those_of_the_saved_model_run_masked(classifier, directory, t
     batch = encode_texts(tiny_tokenizer, TEXTS, MAX_TOKENS).collate(range(len(TEXTS)))
     with torch.no_grad():
         theirs = model(batch, "masked").logits
-    torch.testing.assert_close(classifier.logits(TEXTS, batch_size=2), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(classifier.logits(TEXTS, batch_tokens=20), theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_answers_come_in_the_order_of_the_texts_whatever_the_batches(classifier, batch_size):
-    predictions = classifier.predict(TEXTS, batch_size)
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_answers_come_in_the_order_of_the_texts_whatever_the_batches(classifier, batch_tokens):
+    predictions = classifier.predict(TEXTS, batch_tokens)
     assert [prediction.text for prediction in predictions] == TEXTS
     for prediction, text in zip(predictions, TEXTS, strict=True):
         (alone,) = classifier.predict([text])
@@ -154,8 +154,8 @@ def test_a_model_of_pairs_refuses_a_single_text(pair_classifier):
 
 
 def test_numbers_below_one_are_refused(classifier, directory):
-    with pytest.raises(UserError, match="batch_size=0 must be at least 1"):
-        classifier.predict(["good"], batch_size=0)
+    with pytest.raises(UserError, match="batch_tokens=0 must be at least 1"):
+        classifier.predict(["good"], batch_tokens=0)
     with pytest.raises(UserError, match="threads=0 must be at least 1"):
         load(directory, threads=0)
 

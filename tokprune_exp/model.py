@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from tokprune_exp.attribution import (
 )
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.encoder.encoder import EncoderOutput, EncoderShape, PrunedEncoder
+from tokprune_exp.encoder.fast import Precision, fast_encoder
 from tokprune_exp.encoder.layout import LAYOUTS, Layout, Sequences
 from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.errors import UserError
@@ -83,6 +85,16 @@ class PrunedClassifier(nn.Module):
     def forward(self, batch: Batch, execution: Execution = "masked", prune: bool = True) -> ClassifierOutput:
         """Classify a batch, masked (fixed shapes) or gathered (pruned tokens and padding are gone)."""
         return self.classify(*self.start(batch, execution), prune=prune)
+
+    def for_inference(self, precision: Precision = "fp32") -> "PrunedClassifier":
+        """Return this model with the layers of `encoder/fast.py`: it runs gathered only, and cannot be trained.
+
+        Embeddings, pruning and head are shared; a change of the layers' weights after this is not seen.
+        """
+        ready = copy(self)
+        ready._modules = dict(self._modules)
+        ready.encoder = fast_encoder(self.encoder, precision)
+        return ready.eval()
 
     def padding_embeddings(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:
         """Embed the padding token at every position: the baseline E' of integrated gradients (baseline=pad)."""

@@ -51,6 +51,7 @@ def read_arguments() -> argparse.Namespace:
     form.add_argument("--plain", action="store_true", help="dropped tokens in [brackets], as where there is no colour")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw what is printed, in colour, into this file")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the products (default: fp32)")
     arguments = parser.parse_intermixed_args()  # options may stand between MODEL_DIR and the texts
     if arguments.file and arguments.texts:
         parser.error("texts come from the command line or from --file, not from both")
@@ -66,7 +67,7 @@ def predict(arguments: argparse.Namespace) -> None:
     lines = read_lines(arguments)
     from tokprune_exp.serving import load
 
-    classifier = load(arguments.model_dir, arguments.threads)
+    classifier = load(arguments.model_dir, arguments.threads, arguments.precision)
     texts = as_pairs(lines) if classifier.card.pair else lines
     console = Console(highlight=False, soft_wrap=True)
     in_colour = not arguments.plain and console.color_system is not None and not console.no_color

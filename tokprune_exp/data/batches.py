@@ -35,6 +35,22 @@ def sorted_batches(lengths: Int[Tensor, " examples"], batch_size: int) -> list[T
     return list(lengths.argsort(descending=True, stable=True).split(batch_size))
 
 
+def token_batches(lengths: Int[Tensor, " examples"], max_tokens: int) -> list[Tensor]:
+    """The indices of batches for inference, longest texts first, each of at most `max_tokens` tokens or of one text.
+
+    Some thousand tokens keep a CPU busy; with more, what one layer leaves no longer lies in its cache for the next.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        room -= int(lengths[row])
+        if room < 0 or not batches:
+            batches.append([])
+            room = max_tokens - int(lengths[row])
+        batches[-1].append(row)
+    return [torch.tensor(rows) for rows in batches]
+
+
 @dataclass
 class BatchLoader:
     """The batches of a split, put together when they are asked for.

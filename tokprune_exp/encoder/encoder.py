@@ -111,6 +111,10 @@ class EncoderLayer(nn.Module):
         query, key, value = self.query(asking), self.key(hidden), self.value(hidden)
         return layout.attend(query, key, value, self.heads, dropout, wants, queries)
 
+    def scores(self, hidden: Float[Tensor, "*tokens dim"], layout: Layout) -> Float[Tensor, "batch heads grid grid"]:
+        """Compute the attention scores of the layer, before the softmax, and nothing else."""
+        return layout.scores(self.query(hidden), self.key(hidden), self.heads)
+
     def finish(
         self, hidden: Float[Tensor, "*tokens dim"], context: Float[Tensor, "*tokens dim"]
     ) -> Float[Tensor, "*tokens dim"]:
@@ -219,7 +223,7 @@ class PrunedEncoder(nn.Module):
             hidden = layer.finish(hidden, attended.context)
             scores.append(attended.scores)
         assert isinstance(last, EncoderLayer)
-        scores.append(layout.scores(last.query(hidden), last.key(hidden), last.heads))
+        scores.append(last.scores(hidden, layout))
         return [one for one in scores if one is not None]
 
     def first_layers(self, count: int) -> "PrunedEncoder":

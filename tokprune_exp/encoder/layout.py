@@ -11,6 +11,8 @@ Importance and keep masks are one number per token and always lie on the grid (b
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,7 +61,7 @@ class Sequences:
     input_ids: Int[Tensor, "batch tokens"] | None = None
     token_type_ids: Int[Tensor, "batch tokens"] | None = None
 
-    @property
+    @cached_property
     def prunable(self) -> Bool[Tensor, "batch tokens"]:
         """V: the real tokens that may be pruned."""
         return self.valid & ~self.protected
@@ -156,21 +158,31 @@ class Padded:
 
 @dataclass(frozen=True)
 class Packed:
-    """Gathered running: only what is alive exists. `rows` are flat positions in the grid, `counts` tokens of each."""
+    """Gathered running: only what is alive exists. `rows` are flat positions in the grid.
+
+    On a GPU the host waits once per choice, to learn how many tokens are left; nothing else is copied back.
+    """
 
     sequences: Sequences
     alive: Bool[Tensor, "batch tokens"]
     rows: Int[Tensor, " total"]
-    counts: list[int]
 
     @classmethod
     def start(cls, sequences: Sequences) -> "Packed":
         """Return the layout before the first layer: the real tokens, without any padding."""
-        return cls._of(sequences, sequences.valid)
+        return cls(sequences, sequences.valid, sequences.valid.flatten().nonzero()[:, 0])
 
-    @classmethod
-    def _of(cls, sequences: Sequences, alive: Bool[Tensor, "batch tokens"]) -> "Packed":
-        return cls(sequences, alive, alive.flatten().nonzero()[:, 0], alive.sum(1).tolist())
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of each sequence."""
+        return self.alive.sum(1).tolist()
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " starts"]:
+        """Row at which each sequence starts, and at last the number of rows, as the kernels read it."""
+        if self.alive.is_cuda:  # without asking the host
+            return F.pad(self.alive.sum(1).cumsum(0), (1, 0)).int()
+        return torch.tensor([0, *accumulate(self.counts)], dtype=torch.int32)
 
     def take(self, grid: Tensor) -> Tensor:
         """Bring values of the grid into this layout: (batch, tokens, …) → (total, …)."""
@@ -185,8 +197,9 @@ class Packed:
         self, keep_mask: Bool[Tensor, "batch tokens"], gate: Float[Tensor, "batch tokens"] | None = None
     ) -> tuple["Packed", Callable[[Tensor], Tensor]]:
         """Return the layout of the survivors and the function that gathers a tensor's survivors."""
-        survivors = self._of(self.sequences, self.alive & keep_mask)
-        index = self.take(keep_mask).nonzero()[:, 0]
+        alive = self.alive & keep_mask
+        index = self.take(alive).nonzero()[:, 0]
+        survivors = Packed(self.sequences, alive, self.rows.index_select(0, index))
         return survivors, lambda tensor: tensor.index_select(0, index)
 
     def attend(
@@ -239,15 +252,13 @@ class Packed:
 
     def first(self, hidden: Float[Tensor, "total dim"]) -> Float[Tensor, "batch dim"]:
         """Return the hidden state of the first position of each sequence."""
-        counts = torch.tensor(self.counts, device=hidden.device)
-        return hidden[counts.cumsum(0) - counts]
+        return hidden.index_select(0, self.starts[:-1])
 
     def mean(self, hidden: Float[Tensor, "total dim"]) -> Float[Tensor, "batch dim"]:
         """Return the mean hidden state of the alive tokens of each sequence."""
-        counts = torch.tensor(self.counts, device=hidden.device)
-        owner = torch.arange(len(self.counts), device=hidden.device).repeat_interleave(counts)
-        sums = hidden.new_zeros(len(self.counts), hidden.shape[1]).index_add(0, owner, hidden)
-        return sums / counts[:, None]
+        batch, tokens = self.alive.shape
+        sums = hidden.new_zeros(batch, hidden.shape[1]).index_add(0, self.rows // tokens, hidden)
+        return sums / self.alive.sum(1, keepdim=True)
 
 
 Layout = Padded | Packed

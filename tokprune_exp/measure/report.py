@@ -92,7 +92,7 @@ def sample(split: EncodedSplit, examples: int) -> Tensor:
 def latency(
     model: PrunedClassifier, split: EncodedSplit, settings: MeasureSettings, device: str
 ) -> list[dict[str, Any]]:
-    """Time the pruned against the unpruned model, both gathered, on the same batches of real texts."""
+    """Time the pruned against the unpruned model, both as they would be served, on the same batches of real texts."""
     rows = sample(split, settings.latency_examples)
     lengths = split.lengths[rows].tolist()
     batches = {
@@ -100,5 +100,5 @@ def latency(
         for size in settings.latency_batch_sizes
         if size <= len(rows)
     }
-    pruned = partial(model, execution="gathered")
+    pruned = partial(model.for_inference(), execution="gathered")
     return compare_latency(pruned, partial(pruned, prune=False), batches, settings.latency_rounds)

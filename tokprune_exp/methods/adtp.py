@@ -216,7 +216,7 @@ class ADTP(StudentModule):
             for ratio in self.retainer.ratios:
                 keep = self.retainer.keep(target, float(ratio), layout)
                 encoded = self.model.encoder(
-                    embeddings, layout, Prescribed(keep, self.retainer.layer, self.model.pruning.place)
+                    embeddings, layout, Prescribed(keep, self.retainer.layer, self.model.pruning.layerwise.place)
                 )
                 pruned = losses.task_loss(self.model.head(encoded.first).float(), batch.labels)
                 sufficient.append(pruned <= full + self.oracle_tolerance)

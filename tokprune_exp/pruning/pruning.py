@@ -1,5 +1,6 @@
 """A pruning is a scorer and a retainer: together they answer the encoder's question which tokens go on."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,41 @@ class Prescribed:
         return Decision(self.keep.float(), self.keep)
 
 
+@dataclass(frozen=True)
+class LayerByLayer:
+    """A pruning that chooses in one layer after the other, from what the encoder knows by then."""
+
+    scorer: TokenScorer
+    retainer: LayerRetainer
+
+    @property
+    def place(self) -> Place:
+        """Where in a layer this scorer can say what is important."""
+        return "after" if self.scorer.reads_attention else "before"
+
+    def decides(self, layer: int, place: Place) -> bool:
+        """Whether tokens are chosen at this place of the encoder."""
+        return place == self.place and self.retainer.prunes_at(layer)
+
+    def decide(
+        self,
+        hidden: Float[Tensor, "*tokens dim"],
+        layout: Layout,
+        received: Float[Tensor, "batch grid"] | None,
+        layer: int,
+        place: Place,
+    ) -> Decision:
+        """Score the alive tokens, then choose among them; in fp32, since bf16 would make ties."""
+        with in_float32(hidden.device.type):
+            hidden, received = hidden.float(), None if received is None else received.float()
+            return self.retainer(self.scorer(hidden, layout, received), hidden, layout, layer)
+
+
+def in_float32(device: str) -> AbstractContextManager[object]:
+    """Switch autocast off where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class Pruning(nn.Module):
     """A scorer with a retainer; the scorer's kind says when the choice is made."""
 
@@ -91,48 +127,25 @@ class Pruning(nn.Module):
         self.scorer.attach(encoder)
 
     def rule(self, encoder: PrunedEncoder, embeddings: Float[Tensor, "*tokens dim"], layout: Layout) -> PruningRule:
-        """Return what the encoder asks on this batch: a plan for all layers, or this pruning itself."""
+        """Return what the encoder asks on this batch: a plan for all layers, or the parts that decide in each layer."""
         if not isinstance(self.retainer, Planner):
-            return self
+            return self.layerwise
         assert isinstance(self.scorer, AttentionSource)
         scores = self.scorer.scores(encoder, embeddings, layout)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with in_float32(embeddings.device.type):
             return self.retainer.plan([one.float() for one in scores], layout)
 
     @property
-    def layerwise(self) -> tuple[TokenScorer, LayerRetainer]:
+    def layerwise(self) -> LayerByLayer:
         """The two parts where each layer decides for itself."""
         assert isinstance(self.scorer, TokenScorer) and isinstance(self.retainer, LayerRetainer)
-        return self.scorer, self.retainer
-
-    @property
-    def place(self) -> Place:
-        """Where in a layer this scorer can say what is important."""
-        return "after" if self.layerwise[0].reads_attention else "before"
-
-    def decides(self, layer: int, place: Place) -> bool:
-        """Whether tokens are chosen at this place of the encoder."""
-        return self.layerwise[1].prunes_at(layer) and place == self.place
-
-    def decide(
-        self,
-        hidden: Float[Tensor, "*tokens dim"],
-        layout: Layout,
-        received: Float[Tensor, "batch grid"] | None,
-        layer: int,
-        place: Place,
-    ) -> Decision:
-        """Score the alive tokens, then choose among them; in fp32, since bf16 would make ties."""
-        scorer, retainer = self.layerwise
-        with torch.autocast(hidden.device.type, enabled=False):
-            hidden, received = hidden.float(), None if received is None else received.float()
-            return retainer(scorer(hidden, layout, received), hidden, layout, layer)
+        return LayerByLayer(self.scorer, self.retainer)
 
     def macs(self, trace: PruningTrace) -> Int[Tensor, " batch"]:
         """Count the multiply-adds of scoring and choosing, per sequence: the overhead of pruning."""
         if isinstance(self.scorer, AttentionSource):
             return self.scorer.macs(trace.lengths)
-        scorer, retainer = self.layerwise
+        scorer, retainer = self.layerwise.scorer, self.layerwise.retainer
         total = trace.lengths * 0
         for number in range(len(trace.layers)):
             if retainer.prunes_at(number):

@@ -62,9 +62,9 @@ class ManualThreshold(LayerRetainer):
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int
     ) -> Decision:
         """Keep what lies above the threshold."""
-        prunable, protected = prunable_and_protected(layout)
         threshold = self.thresholds[layer]
-        return Decision(importance, protected | (prunable & (importance > threshold)), threshold=threshold)
+        keep = layout.alive & (layout.sequences.protected | (importance > threshold))
+        return Decision(importance, keep, threshold=threshold)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim` and `layers`."""

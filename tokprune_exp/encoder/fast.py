@@ -1,0 +1,110 @@
+"""Layers for gathered inference: the same mathematics as `EncoderLayer`, by the fastest way that this machine has.
+
+    model = for_inference(model)      # float32; precision="bf16" multiplies in bfloat16
+
+Only the layers are exchanged; the loop over them, the pruning and the trace stay those of `PrunedEncoder`. The hidden
+states that go from layer to layer, sums, norms and the softmax are float32 in both precisions.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokprune_exp.encoder.encoder import EncoderLayer, PrunedEncoder
+from tokprune_exp.encoder.layout import Attended, Layout, Packed, Wants
+from tokprune_exp.kernels.attention import attention_for
+from tokprune_exp.kernels.linear import product_of, rows_to_compute
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class FastLayer(EncoderLayer):
+    """An `EncoderLayer` for inference on packed tokens: weights in the order of the library, attention in one pass."""
+
+    def __init__(self, layer: EncoderLayer, dtype: torch.dtype) -> None:
+        torch.nn.Module.__init__(self)
+        self.heads, self.dtype = layer.heads, dtype
+        self.ask = product_of([layer.query], dtype)
+        self.answer = product_of([layer.key, layer.value], dtype)
+        self.project = product_of([layer.attention_output], dtype)
+        self.widen = product_of([layer.intermediate], dtype)
+        self.narrow = product_of([layer.output], dtype)
+        self.normalise_attended, self.normalise_output = _norm(layer.attention_norm), _norm(layer.output_norm)
+        self.attention = attention_for(layer.query.out_features // layer.heads, layer.query.weight.device)
+
+    def attend(
+        self,
+        asking: Float[Tensor, "queries dim"],
+        hidden: Float[Tensor, "total dim"],
+        layout: Layout,
+        queries: Layout,
+        wants: Wants,
+    ) -> Attended:
+        """Mix the tokens of each sequence into the queries; see `EncoderLayer.attend`."""
+        layout, queries = _packed(layout), _packed(queries)
+        rows = filled_up(hidden.to(self.dtype))
+        query = self.ask(rows if asking is hidden else filled_up(asking.to(self.dtype)))
+        key, value = self.answer(rows).chunk(2, dim=1)
+        if wants.scores:
+            asked, keys, values = query[: len(asking)], key[: len(hidden)], value[: len(hidden)]
+            return layout.attend(asked.float(), keys.float(), values.float(), self.heads, wants=wants, queries=queries)
+        context, received = self.attention(query, key, value, queries.starts, layout.starts, self.heads, wants.received)
+        return Attended(context[: len(asking)], None if received is None else layout.to_grid(received))
+
+    def scores(self, hidden: Float[Tensor, "total dim"], layout: Layout) -> Float[Tensor, "batch heads grid grid"]:
+        """Compute the attention scores of the layer, before the softmax, and nothing else."""
+        rows = filled_up(hidden.to(self.dtype))
+        used = len(hidden)
+        query, key = self.ask(rows)[:used], self.answer(rows).chunk(2, dim=1)[0][:used]
+        return layout.scores(query.float(), key.float(), self.heads)
+
+    def finish(
+        self, hidden: Float[Tensor, "total dim"], context: Float[Tensor, "total dim"]
+    ) -> Float[Tensor, "total dim"]:
+        """Project the context, then the feed-forward block; see `EncoderLayer.finish`."""
+        rows, context = filled_up(hidden), filled_up(context)
+        if self.dtype == torch.float32:
+            attended = self.normalise_attended(self.project(context, other=rows))
+            mixed = self.narrow(self.widen(attended, "gelu"), other=attended)
+        else:
+            attended = self.normalise_attended(rows + self.project(context))
+            mixed = attended + self.narrow(self.widen(attended.to(self.dtype), "gelu"))
+        return self.normalise_output(mixed)[: len(hidden)]
+
+
+def filled_up(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "more dim"]:
+    """Append rows of zeros up to a number of rows that the library has prepared for."""
+    spare = rows_to_compute(len(rows)) - len(rows)
+    return F.pad(rows, (0, 0, 0, spare)) if spare else rows
+
+
+def _norm(norm: torch.nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """Return a layer norm without the cost of calling a module."""
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps
+    return lambda rows: torch.layer_norm(rows, shape, weight, bias, eps)
+
+
+def _packed(layout: Layout) -> Packed:
+    """Return the layout if it is a packed one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(layout, Packed):
+        raise ValueError("a model prepared for inference runs gathered only")
+    return layout
+
+
+def fast_encoder(encoder: PrunedEncoder, precision: Precision) -> PrunedEncoder:
+    """Return the encoder with its layers exchanged; embeddings and norms are shared with the original."""
+    fast = copy(encoder)
+    fast._modules = dict(encoder._modules)
+    layers = [FastLayer(layer, DTYPES[precision]) for layer in encoder.layers if isinstance(layer, EncoderLayer)]
+    fast.layers = torch.nn.ModuleList(layers)
+    return fast

@@ -1,0 +1,220 @@
+// Attention within packed sequences, and the attention that every key receives, in one pass over each score matrix.
+//
+//     context_i  = sum_j p_ij v_j          p_ij = softmax_j(q_i k_j / sqrt(D))
+//     received_j = 1/H sum_h sum_i p^h_ij
+//
+// One task is one head of one sequence. The scores of a few queries against all keys stay in the first-level cache:
+// products, softmax, column sums and the mix of the values follow each other there, and no score matrix is ever stored.
+// Sums over heads are made in a fixed order, so the answer does not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, ROWS = 8;  // floats in a register; queries that go through the keys together
+#elif defined(__AVX2__)
+constexpr int W = 8, ROWS = 4;
+#else
+constexpr int W = 4, ROWS = 4;
+#endif
+constexpr int PAIR = 2 * W;
+constexpr float FAR_BELOW = -1e30f;  // the score of a key that is not there
+
+typedef float Vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+inline Vec fill(float value) { return value - Vec{}; }
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t value) {  // bfloat16 is the upper half of a float
+    uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+inline void narrow(float value, float* to) { *to = value; }
+inline void narrow(float value, uint16_t* to) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    *to = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// e^x for x <= 0: x = n ln 2 + r, a Taylor polynomial for e^r, and n added to the exponent's bits.
+inline Vec exponential(Vec x) {
+    const Vec lowest = fill(-87.0f);
+    x = x > lowest ? x : lowest;
+    const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
+    const Vec shifted = x * 1.44269504f + magic;
+    const Vec n = shifted - magic;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec e = fill(1.0f / 5040.0f);
+    for (float factor : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) e = e * r + factor;
+    Ints bits = reinterpret_cast<const Ints&>(e) + (reinterpret_cast<const Ints&>(shifted) << 23);
+    return reinterpret_cast<const Vec&>(bits);
+}
+
+inline float sum_of(Vec value) {
+    float total = 0;
+    for (int i = 0; i < W; ++i) total += value[i];
+    return total;
+}
+inline float max_of(Vec value) {
+    float most = value[0];
+    for (int i = 1; i < W; ++i) most = std::max(most, value[i]);
+    return most;
+}
+
+struct Scratch {  // of one thread
+    std::vector<float> keys, values, weights, received;
+};
+
+// R queries of one head: scores, softmax, column sums, context.
+template <typename T, int D, int R>
+void attend_rows(const T* query, long query_stride, int keys, int padded, Scratch& scratch, bool wants_received,
+                 T* context, long context_stride) {
+    float q[R][D];
+    const float scale = 1.0f / std::sqrt(static_cast<float>(D));
+    for (int r = 0; r < R; ++r)
+        for (int d = 0; d < D; ++d) q[r][d] = widen(query[r * query_stride + d]) * scale;
+
+    float* weights = scratch.weights.data();
+    for (int j = 0; j < padded; j += PAIR) {
+        Vec left[R], right[R];
+        for (int r = 0; r < R; ++r) left[r] = right[r] = Vec{};
+        const float* column = scratch.keys.data() + j;
+        for (int d = 0; d < D; ++d, column += padded) {
+            const Vec a = load(column), b = load(column + W);
+            for (int r = 0; r < R; ++r) {
+                left[r] += q[r][d] * a;
+                right[r] += q[r][d] * b;
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            store(weights + r * padded + j, left[r]);
+            store(weights + r * padded + j + W, right[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        float* row = weights + r * padded;
+        std::fill(row + keys, row + padded, FAR_BELOW);
+        Vec peak = load(row);
+        for (int j = W; j < padded; j += W) peak = load(row + j) > peak ? load(row + j) : peak;
+        const Vec most = fill(max_of(peak));
+        Vec total{};
+        for (int j = 0; j < padded; j += W) {
+            const Vec e = exponential(load(row + j) - most);
+            store(row + j, e);
+            total += e;
+        }
+        const Vec share = fill(1.0f / sum_of(total));
+        for (int j = 0; j < padded; j += W) store(row + j, load(row + j) * share);
+    }
+    if (wants_received)
+        for (int j = 0; j < padded; j += W) {
+            Vec sum = load(scratch.received.data() + j);
+            for (int r = 0; r < R; ++r) sum += load(weights + r * padded + j);
+            store(scratch.received.data() + j, sum);
+        }
+    for (int d = 0; d < D; d += PAIR) {
+        Vec left[R], right[R];
+        for (int r = 0; r < R; ++r) left[r] = right[r] = Vec{};
+        for (int j = 0; j < keys; ++j) {
+            const Vec a = load(scratch.values.data() + j * D + d), b = load(scratch.values.data() + j * D + d + W);
+            for (int r = 0; r < R; ++r) {
+                const float p = weights[r * padded + j];
+                left[r] += p * a;
+                right[r] += p * b;
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < W; ++i) {
+                narrow(left[r][i], context + r * context_stride + d + i);
+                narrow(right[r][i], context + r * context_stride + d + W + i);
+            }
+    }
+}
+
+template <typename T, int D>
+void attend_head(const T* query, long query_stride, int queries, const T* key, const T* value, long key_stride, int keys,
+                 T* context, long context_stride, float* received) {
+    static thread_local Scratch scratch;
+    const int padded = (keys + PAIR - 1) / PAIR * PAIR;
+    scratch.keys.resize(static_cast<size_t>(D) * padded);
+    scratch.values.resize(static_cast<size_t>(D) * padded);
+    scratch.weights.resize(static_cast<size_t>(ROWS) * padded);
+    for (int j = 0; j < keys; ++j)
+        for (int d = 0; d < D; ++d) {
+            scratch.keys[static_cast<size_t>(d) * padded + j] = widen(key[j * key_stride + d]);
+            scratch.values[static_cast<size_t>(j) * D + d] = widen(value[j * key_stride + d]);
+        }
+    for (int d = 0; d < D; ++d)
+        std::fill_n(scratch.keys.begin() + static_cast<size_t>(d) * padded + keys, padded - keys, 0.0f);
+    if (received) scratch.received.assign(padded, 0.0f);
+    int row = 0;
+    const auto run = [&](auto rows) {
+        constexpr int R = decltype(rows)::value;
+        for (; row + R <= queries; row += R)
+            attend_rows<T, D, R>(query + row * query_stride, query_stride, keys, padded, scratch, received != nullptr,
+                                 context + row * context_stride, context_stride);
+    };
+    run(std::integral_constant<int, ROWS>{});
+    run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 1>{});
+    if (received) std::copy_n(scratch.received.begin(), keys, received);
+}
+
+template <typename T, int D>
+void attend_all(const T* query, long query_stride, const T* key, const T* value, long key_stride,
+                const int32_t* query_starts, const int32_t* key_starts, int sequences, int heads, T* context,
+                float* received, float* received_per_head) {
+    const long dim = static_cast<long>(heads) * D, total = key_starts[sequences];
+#pragma omp parallel for schedule(dynamic) if (sequences * heads > 1)
+    for (int task = 0; task < sequences * heads; ++task) {
+        const int s = task / heads, h = task % heads;
+        const long q0 = query_starts[s], k0 = key_starts[s];
+        attend_head<T, D>(query + q0 * query_stride + h * D, query_stride, query_starts[s + 1] - q0,
+                          key + k0 * key_stride + h * D, value + k0 * key_stride + h * D, key_stride,
+                          key_starts[s + 1] - k0, context + q0 * dim + h * D, dim,
+                          received ? received_per_head + h * total + k0 : nullptr);
+    }
+    if (received)
+        for (long j = 0; j < total; ++j) {
+            float sum = 0;
+            for (int h = 0; h < heads; ++h) sum += received_per_head[h * total + j];
+            received[j] = sum / heads;
+        }
+}
+
+template <typename T>
+int attend(const T* query, long query_stride, const T* key, const T* value, long key_stride, const int32_t* query_starts,
+           const int32_t* key_starts, int sequences, int heads, int head_dim, T* context, float* received,
+           float* received_per_head) {
+    const auto run = [&](auto dim) {
+        attend_all<T, decltype(dim)::value>(query, query_stride, key, value, key_stride, query_starts, key_starts,
+                                            sequences, heads, context, received, received_per_head);
+        return 0;
+    };
+    if (head_dim == 32) return run(std::integral_constant<int, 32>{});
+    if (head_dim == 64) return run(std::integral_constant<int, 64>{});
+    return 1;
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                                               \
+    extern "C" int NAME(const T* query, long query_stride, const T* key, const T* value, long key_stride,             \
+                        const int32_t* query_starts, const int32_t* key_starts, int sequences, int heads,             \
+                        int head_dim, T* context, float* received, float* received_per_head) {                        \
+        return attend(query, query_stride, key, value, key_stride, query_starts, key_starts, sequences, heads,        \
+                      head_dim, context, received, received_per_head);                                                \
+    }
+
+EXPORT(attend_float32, float)
+EXPORT(attend_bfloat16, uint16_t)

@@ -1,0 +1,111 @@
+"""Linear layers for inference on the CPU, and which library multiplies: what a short self-test finds fastest.
+
+PyTorch's default library for fp32 products reaches less than half of the speed of oneDNN on some CPUs (AMD), and oneDNN
+itself is faster on weights that lie in its own order. That order is made once, when a model is loaded.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["none", "gelu"]
+
+
+class PlainProduct:
+    """act(x Wᵀ + b) + other, by PyTorch's own operators."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"]) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(
+        self, x: Float[Tensor, "rows in"], activation: Activation = "none", other: Tensor | None = None
+    ) -> Float[Tensor, "rows out"]:
+        """Multiply; the activation and the sum are made on the way."""
+        product = F.linear(x, self.weight, self.bias)
+        product = F.gelu(product) if activation == "gelu" else product
+        return product if other is None else product + other
+
+
+class PackedProduct:
+    """The same with weights in oneDNN's own order; activation and sum are fused into the product."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"]) -> None:
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
+        self.multiply_and_add = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(
+        self, x: Float[Tensor, "rows in"], activation: Activation = "none", other: Tensor | None = None
+    ) -> Float[Tensor, "rows out"]:
+        """Multiply; the activation and the sum are made on the way."""
+        if other is not None and activation == "none":
+            return self.multiply_and_add(x, other, self.weight, self.bias, "add")
+        product = self.multiply(x, self.weight, self.bias, activation, [], "none")
+        return product if other is None else product + other
+
+
+Product = PlainProduct | PackedProduct
+
+
+def product_of(layers: list[nn.Linear], dtype: torch.dtype) -> Product:
+    """Return the product with the weights of one linear layer, or of several that read the same input."""
+    weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
+    bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
+    return fastest_product(dtype)(weight, bias) if weight.device.type == "cpu" else PlainProduct(weight, bias)
+
+
+@cache
+def fastest_product(dtype: torch.dtype) -> type[PlainProduct] | type[PackedProduct]:
+    """Time both on a small product and return the faster; the packed one only if it is as exact.
+
+    oneDNN's operator has no public name in PyTorch (its compiler uses it), so that it can be missing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 384, generator=generator).to(dtype) for rows in (64, 384))
+    bias = torch.zeros(384, dtype=dtype)
+    with torch.inference_mode():
+        plain = PlainProduct(weight, bias)
+        try:
+            packed = PackedProduct(weight, bias)
+            answers = packed(x), packed(x, "gelu"), packed(x, other=x)
+        except (AttributeError, RuntimeError):
+            return PlainProduct
+        exact = x.double() @ weight.double().T
+        expected = exact, F.gelu(exact), exact + x.double()
+        errors = [_error(answer, true) for answer, true in zip(answers, expected, strict=True)]
+        allowed = 8 * _error(plain(x), exact)
+        seconds = {
+            kind: _fastest_of(partial(product, x)) for kind, product in ((PlainProduct, plain), (PackedProduct, packed))
+        }
+    is_exact = max(errors) <= allowed
+    return PackedProduct if is_exact and seconds[PackedProduct] < seconds[PlainProduct] else PlainProduct
+
+
+def _error(answer: Tensor, exact: Tensor) -> float:
+    return float((answer.double() - exact).abs().max())
+
+
+def _fastest_of(call: Callable[[], Tensor], tries: int = 60) -> float:
+    """Seconds of the fastest of some calls: what else runs on the machine only ever adds to a call."""
+    seconds = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def rows_to_compute(rows: int) -> int:
+    """Round a number of rows up to one of about 180 numbers: not at all to 64 rows, then by a tenth at most.
+
+    oneDNN prepares itself anew for every number of rows that it meets, for longer than a small product takes, and
+    remembers no more than a thousand of such preparations.
+    """
+    step = 1 if rows <= 64 else 8 if rows <= 256 else 16 if rows <= 1024 else 64
+    return -(-rows // step) * step
