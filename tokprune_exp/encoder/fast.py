@@ -40,8 +40,8 @@ class FastLayer(EncoderLayer):
 
     def attend(
         self,
-        asking: Float[Tensor, "queries dim"],
-        hidden: Float[Tensor, "total dim"],
+        asking: Float[Tensor, "*queries dim"],
+        hidden: Float[Tensor, "*tokens dim"],
         layout: Layout,
         queries: Layout,
         wants: Wants,

@@ -24,7 +24,7 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 HEAD_DIMS = (32, 64)
 TOLERANCE = 1e-5
 
-Attended = tuple[Float[Tensor, "queries dim"], Float[Tensor, " total"] | None]
+Attended = tuple[Float[Tensor, "queries dim"], Float[Tensor, " in_use"] | None]
 AttentionOfPacked = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], Attended]
 
 
@@ -94,6 +94,8 @@ class CompiledAttention:
         is_readable = query.stride(1) == key.stride(1) == value.stride(1) == 1 and value.stride(0) == stride
         if function is None or not is_readable or not query.dtype == key.dtype == value.dtype:
             raise ValueError("the compiled attention reads rows of one type, keys and values with the same stride")
+        if query_starts.dtype != torch.int32 or key_starts.dtype != torch.int32:
+            raise ValueError("the compiled attention reads starts in int32")
         total, in_use = int(key_starts[-1]), int(query_starts[-1])
         if in_use > rows or total > len(key) or len(query_starts) != len(key_starts):
             raise ValueError(f"starts end at {in_use} queries and {total} keys, but there are {rows} and {len(key)}")

@@ -1,0 +1,271 @@
+"""The fast parts of gathered inference against plain ones: the compiled attention, the packed products."""
+
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tokprune_exp.kernels import attention, linear
+from tokprune_exp.kernels.attention import HEAD_DIMS, CompiledAttention, attend_in_loop, attention_for
+from tokprune_exp.kernels.linear import PackedProduct, PlainProduct, fastest_product, product_of, rows_to_compute
+
+COUNTS = [1, 2, 7, 31, 32, 33, 64, 65, 200]
+HEADS = 3
+
+
+@pytest.fixture(scope="module")
+def compiled() -> CompiledAttention:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler on this machine")
+    built = attention.compiled_attention()
+    assert built is not None
+    return built
+
+
+def starts_of(counts: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def packed(counts: list[int], head_dim: int, spare: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
+    """Query, and key and value as halves of one tensor, as a layer makes them; `spare` rows stand behind all."""
+    generator = torch.Generator().manual_seed(sum(counts) + head_dim)
+    rows, dim = sum(counts) + spare, HEADS * head_dim
+    query = scale * torch.randn(rows, dim, generator=generator)
+    return query, *torch.randn(rows, 2 * dim, generator=generator).chunk(2, dim=1)
+
+
+def by_sdpa(query, key, value, query_starts, key_starts):
+    """PyTorch's own attention of each sequence, and its weights by a softmax written out, in float64."""
+    contexts, received = [], []
+    for place in range(len(key_starts) - 1):
+        q = query[query_starts[place] : query_starts[place + 1]]
+        k, v = (x[key_starts[place] : key_starts[place + 1]] for x in (key, value))
+        q, k, v = (x.double().unflatten(1, (HEADS, -1)).transpose(0, 1) for x in (q, k, v))
+        contexts.append(F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1))
+        weights = (torch.einsum("hid,hjd->hij", q, k) / q.shape[2] ** 0.5).exp()
+        received.append((weights / weights.sum(2, keepdim=True)).sum((0, 1)) / HEADS)
+    return torch.cat(contexts), torch.cat(received)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("spare", [0, 5])
+def test_both_attentions_equal_the_softmax_of_each_sequence(compiled, head_dim, spare):
+    query, key, value = packed(COUNTS, head_dim, spare)
+    starts = starts_of(COUNTS)
+    context, received = by_sdpa(query, key, value, starts, starts)
+    for attend in (compiled, attend_in_loop):
+        ours, column_sums = attend(query, key, value, starts, starts, HEADS, True)
+        torch.testing.assert_close(ours[: sum(COUNTS)].double(), context, atol=1e-5, rtol=0)
+        torch.testing.assert_close(column_sums.double(), received, atol=1e-5, rtol=0)
+        assert not ours[sum(COUNTS) :].any()
+        assert attend(query, key, value, starts, starts, HEADS, False)[1] is None
+
+
+def test_what_a_sequence_hands_out_is_as_much_as_it_has_queries(compiled):
+    queries = [1, 1, 3, 31, 5, 0, 64, 9, 17]
+    query, _, _ = packed(queries, 32)
+    _, key, value = packed(COUNTS, 32)
+    _, received = compiled(query, key, value, starts_of(queries), starts_of(COUNTS), HEADS, True)
+    sums = torch.stack([part.sum() for part in received.split(COUNTS)])
+    torch.testing.assert_close(sums, torch.tensor(queries, dtype=torch.float32), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_fewer_queries_than_keys(compiled, head_dim):
+    queries = [1, 1, 3, 31, 5, 1, 64, 9, 17]
+    query, _, _ = packed(queries, head_dim)
+    _, key, value = packed(COUNTS, head_dim)
+    arguments = query, key, value, starts_of(queries), starts_of(COUNTS)
+    context, received = by_sdpa(*arguments)
+    ours = compiled(*arguments, HEADS, True)
+    torch.testing.assert_close(ours[0].double(), context, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[1].double(), received, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 30.0, 300.0])
+def test_scores_near_and_far_apart_are_exact(compiled, scale):
+    """With large scores the softmax is nearly one-hot, with none it is even: neither may overflow or round away."""
+    query, key, value = packed([9, 40], 32, scale=scale)
+    starts = starts_of([9, 40])
+    # beyond exp's range only a softmax relative to the largest score is finite
+    expected = [
+        F.scaled_dot_product_attention(
+            *(x[a:b].double().unflatten(1, (HEADS, -1)).transpose(0, 1) for x in (query, key, value))
+        )
+        for a, b in ((0, 9), (9, 49))
+    ]
+    context, received = compiled(query, key, value, starts, starts, HEADS, True)
+    torch.testing.assert_close(
+        context.double(), torch.cat([one.transpose(0, 1).flatten(1) for one in expected]), atol=1e-4, rtol=0
+    )
+    assert torch.isfinite(received).all()
+
+
+def test_bfloat16_is_rounded_only_where_it_is_read_and_written(compiled):
+    query, key, value = (x.bfloat16() for x in packed(COUNTS, 32))
+    starts = starts_of(COUNTS)
+    context, received = by_sdpa(query, key, value, starts, starts)
+    ours, column_sums = compiled(query, key, value, starts, starts, HEADS, True)
+    assert ours.dtype == torch.bfloat16 and column_sums.dtype == torch.float32
+    assert torch.equal(ours, context.bfloat16()) or (ours.double() - context).abs().max() < 2**-7 * context.abs().max()
+    torch.testing.assert_close(column_sums.double(), received, atol=1e-5, rtol=0)
+
+
+def test_the_number_of_threads_changes_no_bit(compiled):
+    query, key, value = packed(COUNTS, 32)
+    starts, before, answers = starts_of(COUNTS), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        answers.append(compiled(query, key, value, starts, starts, HEADS, True))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+
+
+def test_what_the_compiled_code_would_read_wrongly_is_refused(compiled):
+    query, key, value = packed([3, 4], 32)
+    starts = starts_of([3, 4])
+    with pytest.raises(ValueError, match="starts end at 8 queries and 7 keys, but there are 7 and 7"):
+        compiled(query, key, value, starts_of([4, 4]), starts, HEADS, False)
+    with pytest.raises(ValueError, match="rows of one type"):
+        compiled(query, key.bfloat16(), value, starts, starts, HEADS, False)
+    with pytest.raises(ValueError, match="the same stride"):
+        compiled(query, key.contiguous(), value, starts, starts, HEADS, False)
+    with pytest.raises(ValueError, match="starts in int32"):
+        compiled(query, key, value, starts.long(), starts, HEADS, False)
+    with pytest.raises(ValueError, match=r"heads of \(32, 64\), not of 16"):
+        compiled(query, key, value, starts, starts, 2 * HEADS, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Building
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKPRUNE_CACHE", str(tmp_path))
+    return tmp_path / "kernels"
+
+
+def test_it_is_built_once_and_found_again(compiled, fresh_cache, monkeypatch):
+    library = attention._built()
+    assert [file.name for file in fresh_cache.iterdir()] == [library.name]
+    written = library.stat().st_mtime_ns
+    assert attention._built() == library and library.stat().st_mtime_ns == written
+    monkeypatch.setattr(attention, "FLAGS", [*attention.FLAGS, "-DOTHER"])
+    assert attention._built() != library
+
+
+def test_without_a_compiler_the_plain_loop_serves(fresh_cache, monkeypatch):
+    monkeypatch.setattr(attention.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert attention.compiled_attention.__wrapped__() is None
+    monkeypatch.setattr(attention, "compiled_attention", lambda: None)
+    assert attention_for(32, torch.device("cpu")) is attend_in_loop
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(compiled, fresh_cache, monkeypatch, tmp_path):
+    (tmp_path / "wrong.cpp").write_text("this is no program")
+    monkeypatch.setattr(attention, "SOURCE", tmp_path / "wrong.cpp")
+    with pytest.raises(subprocess.CalledProcessError):
+        attention._built()
+    assert list(fresh_cache.iterdir()) == []
+    assert attention.compiled_attention.__wrapped__() is None
+
+
+def test_a_library_that_computes_something_else_is_not_used(compiled, fresh_cache, monkeypatch, tmp_path):
+    source = attention.SOURCE.read_text()
+    (tmp_path / "wrong.cpp").write_text(source.replace("1.0f / std::sqrt", "1.01f / std::sqrt"))
+    monkeypatch.setattr(attention, "SOURCE", tmp_path / "wrong.cpp")
+    assert attention.compiled_attention.__wrapped__() is None
+    assert len(list(fresh_cache.glob("*.so"))) == 1
+
+
+def test_it_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("TOKPRUNE_KERNELS", "0")
+    assert attention.compiled_attention.__wrapped__() is None
+
+
+def test_heads_of_other_sizes_take_the_plain_loop():
+    assert attention_for(8, torch.device("cpu")) is attend_in_loop
+
+
+def test_building_needs_no_torch_headers():
+    """The library speaks plain C, so a new version of PyTorch needs no new build."""
+    assert "torch" not in attention.SOURCE.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Products
+
+
+def layers_of(*sizes: int) -> list[nn.Linear]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [nn.Linear(48, size) for size in sizes]
+
+
+@pytest.mark.parametrize("kind", [PlainProduct, PackedProduct])
+@pytest.mark.parametrize("rows", [1, 3, 16, 65])
+def test_products_with_activation_and_sum(kind, rows):
+    (layer,) = layers_of(48)
+    product = kind(layer.weight.detach(), layer.bias.detach())
+    x, other = torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows))
+    exact = x.double() @ layer.weight.detach().double().T + layer.bias.detach().double()
+    for ours, expected in (
+        (product(x), exact),
+        (product(x, "gelu"), exact * torch.special.ndtr(exact)),
+        (product(x, other=other), exact + other.double()),
+        (product(x, "gelu", other), exact * torch.special.ndtr(exact) + other.double()),
+    ):
+        torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_layers_that_read_the_same_input_become_one_product():
+    layers = layers_of(16, 32)
+    x = torch.randn(5, 48)
+    with torch.no_grad():
+        expected = torch.cat([layer(x) for layer in layers], dim=1)
+    torch.testing.assert_close(product_of(layers, torch.float32)(x), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(product_of(layers, torch.bfloat16)(x.bfloat16()).float(), expected, atol=0.05, rtol=0.02)
+
+
+def test_where_the_packed_product_is_missing_or_wrong_the_plain_one_serves(monkeypatch):
+    class Missing(PackedProduct):
+        def __init__(self, weight, bias):
+            raise RuntimeError("no such operator")
+
+    class Coarse(PackedProduct):
+        def __call__(self, x, activation="none", other=None):
+            return super().__call__(x.bfloat16().float(), activation, other)
+
+    monkeypatch.setattr(linear, "_fastest_of", lambda call, tries=60: 0.0 if call.func is not None else 1.0)
+    for kind in (Missing, Coarse):
+        monkeypatch.setattr(linear, "PackedProduct", kind)
+        assert fastest_product.__wrapped__(torch.float32) is PlainProduct
+
+
+@pytest.mark.parametrize(("packed_s", "plain_s", "chosen"), [(1.0, 2.0, PackedProduct), (2.0, 1.0, PlainProduct)])
+def test_the_faster_product_is_chosen(monkeypatch, packed_s, plain_s, chosen):
+    def seconds(call: partial, tries: int = 60) -> float:
+        return packed_s if isinstance(call.func, PackedProduct) else plain_s
+
+    monkeypatch.setattr(linear, "_fastest_of", seconds)
+    assert fastest_product.__wrapped__(torch.float32) is chosen
+
+
+def test_rows_are_rounded_up_to_few_numbers():
+    numbers = {rows: rows_to_compute(rows) for rows in range(1, 4097)}
+    assert all(rows <= computed <= 1.13 * rows for rows, computed in numbers.items())
+    assert all(rows_to_compute(computed) == computed for computed in numbers.values())
+    assert len(set(numbers.values())) < 200  # times four products of a layer: fewer than oneDNN remembers
+    assert [numbers[rows] for rows in (1, 64, 65, 257, 1025)] == [1, 64, 72, 272, 1088]
+
+
+def test_the_kernels_are_part_of_the_package():
+    asked = [sys.executable, "-c", "from tokprune_exp.kernels.attention import SOURCE; print(SOURCE.is_file())"]
+    assert subprocess.run(asked, capture_output=True, text=True).stdout == "True\n"
