@@ -56,9 +56,11 @@ class Backtracking(Planner):
         needed, share = only_first(valid), only_first(valid).float()
         steps = [Decision(share, needed)]
         for score in reversed(scores):
-            attention = attention_of(score, valid)
-            weight = (self.propagation * share + 1 - self.propagation) * needed
-            importance = (weight[:, :, None] * attention).sum(1) / needed.sum(1, keepdim=True)
+            owner = needed.nonzero()[:, 0]
+            weight = (self.propagation * share + 1 - self.propagation)[needed]
+            attention = score.transpose(1, 2)[needed].softmax(-1).mean(1)  # A_prob of the rows that are needed
+            importance = attention.new_zeros(share.shape).index_add(0, owner, weight[:, None] * attention)
+            importance = importance / needed.sum(1, keepdim=True)
             needed = self.most_attended(importance, valid) | needed
             if self.keeps_separators:
                 needed = needed | (layout.sequences.protected & valid)
@@ -83,11 +85,3 @@ def only_first(valid: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch token
     first = torch.zeros_like(valid)
     first[:, 0] = True
     return first
-
-
-def attention_of(
-    score: Float[Tensor, "batch heads tokens tokens"], valid: Bool[Tensor, "batch tokens"]
-) -> Float[Tensor, "batch tokens tokens"]:
-    """Compute A_prob, the mean of the heads' softmax; rows of padding are 0."""
-    rows = score.masked_fill(~valid[:, None, :, None], 0.0)  # a row of -inf only would be 0/0
-    return rows.softmax(-1).mean(1) * valid[:, :, None]

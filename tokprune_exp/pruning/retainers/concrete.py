@@ -65,7 +65,10 @@ class Concrete(Relaxable, Planner):
         steps = [(share, mask)]
         for theta, score in zip(self.theta.flip(0), reversed(scores), strict=True):
             weight = mask * (self.propagation * share + 1 - self.propagation)
-            back = (weight[:, :, None] * uniform_scores(score, valid)).sum(1) / (mask.sum(1, keepdim=True) + SMALL)
+            asking = mask > 0  # the other rows weigh nothing
+            owner = asking.nonzero()[:, 0]
+            asked = weight[asking][:, None] * uniform_scores(score.transpose(1, 2)[asking], valid[owner])
+            back = asked.new_zeros(mask.shape).index_add(0, owner, asked) / (mask.sum(1, keepdim=True) + SMALL)
             share = (self.floor + (1 - self.floor) * back / (back.amax(1, keepdim=True) + SMALL)) * valid
             logit = theta + self.knob.to(theta.dtype) + (share + SMALL).log() - (1 - share + SMALL).log()
             mask = torch.maximum(mask, (logit / self.temperature).sigmoid() * valid)
@@ -98,12 +101,13 @@ class Concrete(Relaxable, Planner):
 
 
 def uniform_scores(
-    score: Float[Tensor, "batch heads tokens tokens"], valid: Bool[Tensor, "batch tokens"]
-) -> Float[Tensor, "batch tokens tokens"]:
-    """Compute Ã (eq. 3): each row's scores standardised over the real keys, through Φ, then the mean of the heads."""
-    keys, count = valid[:, None, None, :], valid.sum(1)[:, None, None, None]
-    finite = score.masked_fill(~(keys & valid[:, None, :, None]), 0.0)
+    score: Float[Tensor, "rows heads tokens"], keys: Bool[Tensor, "rows tokens"]
+) -> Float[Tensor, "rows tokens"]:
+    """Compute rows of Ã (eq. 3): scores standardised over the real keys, through Φ, then the mean of the heads."""
+    there, count = keys[:, None, :], keys.sum(1)[:, None, None]
+    finite = score.masked_fill(~there, 0.0)
     mean = finite.sum(-1, keepdim=True) / count
-    variance = ((finite - mean).square() * keys).sum(-1, keepdim=True) / count
-    standard = (finite - mean) / (variance + SMALL**2).sqrt().clamp(min=SMALL)
-    return (torch.special.ndtr(standard) * keys).mean(1) * valid[:, :, None]
+    deviation = (finite - mean) * there
+    variance = deviation.square().sum(-1, keepdim=True) / count
+    standard = deviation / (variance + SMALL**2).sqrt().clamp(min=SMALL)
+    return torch.special.ndtr(standard).mean(1) * keys
