@@ -138,6 +138,7 @@ def test_all_problems_are_told_at_once():
         (["+method=ltp", "loss=adtp"], "ltp has a loss of its own: loss=ltp"),
         (["+method=manual_topk", "+loss=ltp"], "manual_topk takes no loss"),
         (["+method=finetune", "budget=0.5"], "finetune takes no budget"),
+        (["+method=adtp", "compile=true"], "adtp cannot be compiled: its loss needs second derivatives"),
         (["+method=adtp", "retainer.candidates=2.5"], "retainer.candidates=2.5: must be int"),
         (["+method=adtp", "method.attribution.top_k=all"], "method.attribution.top_k=all: must be int or null"),
         (["+method=adtp", "retainer.keeps_separators=1"], "retainer.keeps_separators=1: must be bool"),

@@ -1,5 +1,7 @@
 """The encoder without pruning: masked = gathered, no padding is computed, nothing depends on the batch."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -279,3 +281,34 @@ def test_a_sequence_longer_than_the_position_table_is_refused(
 def test_sizes_that_make_no_encoder_are_refused() -> None:
     with pytest.raises(ValueError, match="dim=30 is not a multiple of heads=4"):
         EncoderShape(vocabulary=20, dim=30, heads=4, layers=1, ff_dim=32, positions=16)
+
+
+COMPILED = """
+import torch
+from tokprune_exp.encoder.encoder import EncoderShape, PrunedEncoder
+from tokprune_exp.encoder.layout import Padded, Sequences
+
+torch.manual_seed(0)
+encoder = PrunedEncoder(EncoderShape(vocabulary=50, dim=32, heads=2, layers=2, ff_dim=64, positions=16, dropout=0.0))
+answers = []
+for tokens in (7, 12):
+    valid = torch.arange(tokens) < torch.tensor([[tokens], [3]])
+    layout = Padded.start(Sequences(valid, valid & False, torch.zeros(2, dtype=torch.long)))
+    hidden = torch.randn(2, tokens, 32)
+    for is_compiled in (False, True):
+        encoder.zero_grad()
+        with encoder.compiled("aot_eager") if is_compiled else nullcontext():
+            output = encoder(hidden, layout).hidden
+            output[valid].square().sum().backward()
+        answers.append([output.detach()[valid], *(p.grad.clone() for p in encoder.layers.parameters())])
+for eager, compiled in zip(answers[::2], answers[1::2]):
+    for one, other in zip(eager, compiled):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+assert not any("finish" in vars(layer) for layer in encoder.layers)
+"""
+
+
+def test_a_compiled_encoder_computes_the_same_and_learns_the_same() -> None:
+    """In a process of its own: the run-time check of types in this one cannot be compiled."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

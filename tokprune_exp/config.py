@@ -164,6 +164,8 @@ class RunConfig:
     """Share of the unpruned FLOPs, unpadded, that the pruned model is to cost; null: what the method's keys give."""
     epochs: int | None = None
     """Epochs of every stage; null: what each stage says."""
+    compile: bool = False
+    """Train with the layers' feed-forward blocks compiled (`PrunedEncoder.compiled`); meant for GPUs, slower on CPUs."""
     run_dir: str | None = None
     """Where the run is written; null: a folder named after the configuration (see `run_directory`)."""
     overwrite: bool = False
@@ -465,6 +467,10 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
     (
         lambda of: of.kind("method") == "Finetune" and of("budget") is not None,
         "finetune takes no budget: it prunes nothing",
+    ),
+    (
+        lambda of: of.kind("method") == "ADTP" and of("compile") is True,
+        "adtp cannot be compiled: its loss needs second derivatives, which torch.compile does not give",
     ),
     (
         lambda of: isinstance(of("budget"), int | float) and not 0 < of("budget") < 1,

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,16 +23,30 @@ from tokprune_exp.build import (
     plain,
 )
 from tokprune_exp.config import config_hash, instantiate, overrides
+from tokprune_exp.data.module import TaskData
 from tokprune_exp.encoder.pretrained import load_backbone
 from tokprune_exp.errors import UserError
-from tokprune_exp.measure.report import measure
+from tokprune_exp.measure.report import measure, sample
 from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import save_model
 from tokprune_exp.precision import resolve_accelerator, resolve_precision, use_fast_exact_float32
+from tokprune_exp.serving import TextClassifier
 from tokprune_exp.stages import run_stage
-from tokprune_exp.tracking import RunRecord, close, log_result, make_loggers, print_summary, quieten_lightning
+from tokprune_exp.tracking import (
+    Example,
+    RunRecord,
+    close,
+    log_examples,
+    log_result,
+    make_loggers,
+    print_summary,
+    quieten_lightning,
+    wandb_runs,
+)
 
 LOGGER = logging.getLogger(__name__)
+SHOWN_EXAMPLES = 20
+"""Texts of the reported split that a W&B run shows with their dropped tokens."""
 
 
 def run(cfg: DictConfig, directory: Path) -> None:
@@ -54,8 +69,7 @@ def run(cfg: DictConfig, directory: Path) -> None:
     try:
         with record:
             quieten_lightning()
-            group = f"{method_name(cfg)}-{cfg.task.name}-{cfg.backbone.name}"
-            loggers += make_loggers(cfg.logger, directory, directory.name, group, list(cfg.tags), plain(cfg))
+            loggers += make_loggers(cfg.logger, record, list(cfg.tags), plain(cfg))
             train_and_measure(cfg, directory, record, loggers)
     finally:  # completed or not, the record now says so
         log_result(loggers, record.result)
@@ -90,7 +104,8 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
         seed_everything(cfg.seed, workers=True, verbose=False)  # whatever was trained, loaded or resumed before
         with record.stage(stage.name):
             epochs = min(stage.epochs, 1) * (cfg.epochs or stage.epochs)  # a stage without training stays without
-            run_stage(replace(stage, epochs=epochs), stage.data or data, trainer, loggers, directory)
+            with model.encoder.compiled() if cfg.compile else nullcontext():
+                run_stage(replace(stage, epochs=epochs), stage.data or data, trainer, loggers, directory)
 
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)
     if method.dense is not None and cfg.teacher.path is None:  # trained here, and of use to other runs: teacher.path
@@ -100,6 +115,18 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     record.update(
         **measure(method, data, cfg.measure, "cuda" if accelerator in ("gpu", "cuda") else "cpu", attribution)
     )
+    if any(wandb_runs(loggers)):
+        classifier = TextClassifier(method.model.cpu(), model_card(cfg), backbone.tokenizer)
+        log_examples(loggers, examples_of(classifier, data))
+
+
+def examples_of(classifier: TextClassifier, data: TaskData) -> list[Example]:
+    """Let the trained model answer a few texts of the reported split, the same ones for every model of the task."""
+    split, labels = data.evaluation, data.task.labels
+    rows = sample(split, SHOWN_EXAMPLES).tolist()
+    predictions = classifier.predict([split.texts[row] for row in rows])
+    golds = [labels[int(split.labels[row])] if labels else float(split.labels[row]) for row in rows]
+    return [Example(*pair) for pair in zip(predictions, golds, strict=True)]
 
 
 def is_finished(directory: Path, cfg: DictConfig) -> bool:

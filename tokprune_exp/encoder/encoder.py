@@ -5,7 +5,8 @@
 The same loop runs masked (`Padded`) and gathered (`Packed`); see `layout.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -225,6 +226,21 @@ class PrunedEncoder(nn.Module):
         assert isinstance(last, EncoderLayer)
         scores.append(last.scores(hidden, layout))
         return [one for one in scores if one is not None]
+
+    @contextmanager
+    def compiled(self, backend: str = "inductor") -> Iterator[None]:
+        """Within this block `torch.compile` fuses what follows the attention in each layer, for any number of tokens.
+
+        The choice of tokens stays outside: it changes the shapes. There are no second derivatives.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, EncoderLayer)
+            vars(layer)["finish"] = torch.compile(layer.finish, dynamic=True, backend=backend)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del vars(layer)["finish"]
 
     def first_layers(self, count: int) -> "PrunedEncoder":
         """Return a student of the first `count` layers; the weights are shared with this encoder.
