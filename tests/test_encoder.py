@@ -284,6 +284,7 @@ def test_sizes_that_make_no_encoder_are_refused() -> None:
 
 
 COMPILED = """
+from contextlib import nullcontext
 import torch
 from tokprune_exp.encoder.encoder import EncoderShape, PrunedEncoder
 from tokprune_exp.encoder.layout import Padded, Sequences
