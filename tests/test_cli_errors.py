@@ -1,4 +1,4 @@
-"""The command line answers a mistake with one clear line and exit code 2, and a job of a sweep fails alone."""
+"""The command line answers a mistake with one clear line and exit code 2."""
 
 import subprocess
 import sys
@@ -109,17 +109,3 @@ def test_anything_else_that_fails_shows_where_and_ends_with_1(command):
     assert code == 1
     assert told[0] == "Traceback (most recent call last):"
     assert told[-1] == "failed: loss/distillation is not a number"
-
-
-def test_a_failing_job_of_a_sweep_does_not_take_the_others_with_it(command, tmp_path):
-    seen = {}
-
-    def run(cfg, directory):
-        seen[cfg.retainer._target_.rpartition(".")[2]] = directory.parent
-        if len(seen) == 1:
-            raise UserError("the first one fails")
-
-    code, told = command("+sweep=adtp_retainers", run=run)
-    assert code == 2
-    assert told[0] == "job 0 (+sweep=adtp_retainers,retainer=static,seed=0): the first one fails"
-    assert seen == dict.fromkeys(["StaticRatio", "RandomRatio", "AdaptiveRatio"], tmp_path / "multirun/adtp_retainers")

@@ -57,6 +57,8 @@ def chosen(option):
     group, name = option.split("/")
     if group == "text":
         return ["+method=sttabt", f"+text={name}"]
+    if group == "hparams_search":
+        return ["+method=ltp", f"+hparams_search={name}"]
     return [f"+{group}={name}"] if group in ADDED else ["+method=adtp", f"{group}={name}"]
 
 

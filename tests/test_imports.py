@@ -19,23 +19,24 @@ FLOORS = [
         "data.batch",
         "data.assets",
         "encoder",
+        "kernels",
     ],
-    ["config", "pruning", "head", "attribution", "losses"],
+    ["config", "sweep", "pruning", "head", "attribution", "losses"],
     ["model"],
     ["data", "measure"],
     ["methods"],
     ["tracking", "stages", "measure.report"],
     ["build"],
-    ["run", "curves", "analysis", "serving", "bench"],
+    ["run", "curves", "analysis", "serving", "examples", "dashboard", "bench"],
     ["predict"],
     ["__main__"],
 ]
 """From below to above; a module belongs to the longest of the names that it begins with."""
 
 MAY_IMPORT = {
-    "hydra": ["__main__", "config"],
-    "omegaconf": ["__main__", "config", "build", "run"],
-    "lightning": ["run", "stages", "methods", "data", "tracking"],
+    "hydra": ["__main__", "config", "sweep", "bench.training"],
+    "omegaconf": ["__main__", "config", "sweep", "build", "run", "bench.training"],
+    "lightning": ["run", "stages", "methods", "data", "tracking", "bench.training"],
     "transformers": ["encoder.pretrained", "data"],
     "fvcore": ["measure.flops"],
 }

@@ -165,7 +165,7 @@ def test_without_a_compiler_the_plain_loop_serves(fresh_cache, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     assert attention.compiled_attention.__wrapped__() is None
     monkeypatch.setattr(attention, "compiled_attention", lambda: None)
-    assert attention_for(32, torch.device("cpu")) is attend_in_loop
+    assert attention_for(32, torch.device("cpu"))(40) is attend_in_loop
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(compiled, fresh_cache, monkeypatch, tmp_path):
@@ -191,7 +191,7 @@ def test_it_can_be_switched_off(monkeypatch):
 
 
 def test_heads_of_other_sizes_take_the_plain_loop():
-    assert attention_for(8, torch.device("cpu")) is attend_in_loop
+    assert attention_for(8, torch.device("cpu"))(40) is attend_in_loop
 
 
 def test_building_needs_no_torch_headers():

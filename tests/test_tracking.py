@@ -3,20 +3,30 @@
 import io
 import json
 import logging
-import struct
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import numpy as np
 import pytest
 import torch
+import wandb
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import Logger
+from offline_runs import finished_run, read_offline_run
 from rich.console import Console
 
+from tokprune_exp.__main__ import main
+from tokprune_exp.config import check_config, config_directory, overrides
+from tokprune_exp.errors import UserError
+from tokprune_exp.examples import Example, log_examples
+from tokprune_exp.serving import Prediction, Token
 from tokprune_exp.tracking import (
     RunRecord,
     close,
@@ -26,7 +36,10 @@ from tokprune_exp.tracking import (
     print_summary,
     quieten_lightning,
     summary_table,
+    wandb_runs,
 )
+from tokprune_exp.tracking.loggers import sweep_of
+from tokprune_exp.tracking.results import frontier_point
 
 
 @dataclass
@@ -129,7 +142,8 @@ def test_a_run_that_failed_before_it_was_measured_is_logged_without_tables(quiet
     loggers = loggers_for(Settings(wandb=True), quiet_wandb)
     log_result(loggers, a_record(quiet_wandb).result)
     close(loggers, failed=True)
-    assert not list(quiet_wandb.rglob("media/table/*"))
+    assert read_offline_run(quiet_wandb).summary["status"] == "running"
+    assert not list(quiet_wandb.rglob("media/*/*"))
 
 
 @pytest.mark.parametrize(
@@ -226,48 +240,198 @@ def test_a_resumed_run_gets_a_csv_folder_of_its_own(tmp_path: Path) -> None:
     assert "alpha: 0.1" in (tmp_path / "csv/version_0/hparams.yaml").read_text()
 
 
-def test_an_offline_wandb_run_holds_configuration_curves_and_result(quiet_wandb: Path) -> None:
+def test_an_offline_wandb_run_says_what_it_is_and_holds_the_whole_configuration(quiet_wandb: Path) -> None:
+    close(loggers_for(Settings(wandb=True), quiet_wandb / "a_run"))
+    run = read_offline_run(quiet_wandb / "a_run")
+    assert (run.project, run.group, run.job_type, run.name) == ("pruning", "a_sweep", "ltp", "a_run")
+    assert sorted(run.tags) == ["a_tag", "ltp", "minilm_l6", "sst2"]
+    assert run.config["loss"] == {"alpha": 0.1}
+    assert run.config["seed"] == 0
+    assert run.config["run"] == {
+        "method": "ltp",
+        "task": "sst2",
+        "backbone": "minilm_l6",
+        "sweep": None,
+        "config_hash": "0123abcd",
+    }
+    assert run.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "overrides", "group"),
+    [
+        (None, ["task=sst2"], "ltp-sst2-minilm_l6"),
+        (None, ["budget=0.5", "+sweep=budgets", "task=sst2"], "budgets"),
+        ("mine", ["+sweep=budgets"], "mine"),
+    ],
+)
+def test_runs_are_grouped_by_their_sweep_or_by_what_they_are(
+    quiet_wandb: Path, asked: str | None, overrides: list[str], group: str
+) -> None:
+    close(loggers_for(Settings(wandb=True, group=asked), quiet_wandb, overrides=overrides))
+    assert read_offline_run(quiet_wandb).group == group
+
+
+def test_a_job_of_a_sweep_knows_the_name_of_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    stand_in = SimpleNamespace(run=lambda cfg, directory: seen.append(sweep_of(overrides())))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setitem(sys.modules, "tokprune_exp.run", stand_in)
+    monkeypatch.setattr(sys, "argv", ["tokprune_exp", "retainer.ratio=0.4", "+sweep=adtp_ratios", "hydra.mode=RUN"])
+    main()
+    assert seen == ["adtp_ratios"]
+
+
+def test_every_stage_has_axes_of_its_own(quiet_wandb: Path) -> None:
     loggers = loggers_for(Settings(wandb=True), quiet_wandb)
-    loggers[0].log_metrics({"teacher/loss": 0.7}, step=9)
-    loggers[0].log_metrics({"soft/loss": 0.5, "soft/val/accuracy": 0.8}, step=1)
+    loggers[0].log_metrics({"teacher/loss": 0.7, "epoch": 0}, step=9)
+    loggers[0].log_metrics({"teacher/loss": 0.6, "epoch": 1}, step=19)
+    loggers[0].log_metrics({"soft/loss": 0.5, "epoch": 0}, step=1)
+    loggers[0].log_metrics({"soft/selection_accuracy": 0.8, "epoch": 3}, step=40)
+    close(loggers)
+    run = read_offline_run(quiet_wandb)
+    assert run.curve("teacher/loss") == [(9, 0.7), (19, 0.6)]
+    assert run.curve("soft/loss") == [(1, 0.5)]
+    assert run.curve("soft/selection_accuracy") == [(3, 0.8)]
+    assert run.axes["teacher/loss"] == "teacher/step"
+    assert run.axes["soft/selection_accuracy"] == "soft/epoch"
+    assert "*" not in run.axes
+
+
+def test_the_result_stands_in_the_summary_and_in_tables(quiet_wandb: Path) -> None:
+    loggers = loggers_for(Settings(wandb=True), quiet_wandb)
     log_result(loggers, RESULT)
     close(loggers)
-
-    (file,) = quiet_wandb.glob("wandb/offline-run-*/*.wandb")
-    records = finished_run(file)
-    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.project, run.run_group, run.display_name, list(run.tags)) == ("pruning", "a_sweep", "a_name", ["a_tag"])
-    assert items_of(records, "config", "update")["loss"] == {"alpha": 0.1}
-
-    history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
-    assert (history[0]["teacher/loss"], history[0]["teacher/step"]) == (0.7, 9)
-    assert (history[1]["soft/val/accuracy"], history[1]["soft/step"]) == (0.8, 1)
-    axes = {
-        record.metric.glob_name or record.metric.name: record.metric for record in records if record.HasField("metric")
-    }
-    assert axes["teacher/*"].step_metric == "teacher/step"
-    assert axes["soft/*"].step_metric == "soft/step"
-    assert "*" not in axes
-
-    summary = items_of(records, "summary", "update")
-    assert summary["metrics/pruned/accuracy"] == 0.9
-    assert summary["flops/reduction_unpadded"] == 2.0
-    assert summary["latency/batch_8/speedup"] == 1.7
-    assert summary["status"] == "completed"
-    (table,) = quiet_wandb.rglob("media/table/layers_*.json")
-    assert json.loads(table.read_text())["data"] == [[1, 0.75, 15.0], [2, 0.25, 5.0]]
-    (table,) = quiet_wandb.rglob("media/table/by_length_*.json")
-    quartiles = json.loads(table.read_text())
-    assert quartiles["columns"] == [
+    run = read_offline_run(quiet_wandb)
+    assert run.summary["metrics/pruned/accuracy"] == 0.9
+    assert run.summary["flops/reduction_unpadded"] == 2.0
+    assert run.summary["latency/batch_8/speedup"] == 1.7
+    assert run.summary["status"] == "completed"
+    assert run.table("layers") == [
+        {"layer": 1, "retention": 0.75, "tokens": 15.0},
+        {"layer": 2, "retention": 0.25, "tokens": 5.0},
+    ]
+    assert run.curve("layer/retention") == [(1, 0.75), (2, 0.25)]
+    assert run.curve("layer/tokens") == [(1, 15.0), (2, 5.0)]
+    rows = run.table("by_length")
+    assert list(rows[0]) == [
         *("model", "shortest", "longest", "examples", "metrics/accuracy", "metrics/matthews"),
         *("gflops_per_example", "reduction_unpadded"),
     ]
-    assert quartiles["data"] == [
+    assert [list(row.values()) for row in rows] == [
         ["dense", 4, 9, 2, 1.0, None, 0.5, 1.0],
         ["pruned", 4, 9, 2, 0.5, None, 0.25, 2.0],
         ["pruned", 10, 30, 2, 0.75, 0.25, 1.5, 2.5],
     ]
-    assert records[-1].exit.exit_code == 0
+
+
+def test_thresholds_are_drawn_layer_by_layer_where_there_are_any(quiet_wandb: Path) -> None:
+    loggers = loggers_for(Settings(wandb=True), quiet_wandb)
+    log_result(loggers, {**RESULT, "flops": {**RESULT["flops"], "thresholds_per_layer": [0.01, 0.02]}})
+    close(loggers)
+    run = read_offline_run(quiet_wandb)
+    assert run.curve("layer/thresholds") == [(1, 0.01), (2, 0.02)]
+    assert [row["thresholds"] for row in run.table("layers")] == [0.01, 0.02]
+
+
+def test_the_point_of_a_frontier_is_that_of_the_pruned_model_at_the_largest_batch() -> None:
+    timed = [{"batch_size": 32, "speedup": 2.5}, {"batch_size": 8, "speedup": 1.7}]
+    assert frontier_point({**RESULT, "latency": timed}) == {
+        "sst2": {"accuracy": 0.9},
+        "flops_share": 0.5,
+        "gflops_per_example": 1.0,
+        "retention": 0.5,
+        "speedup": 2.5,
+    }
+
+
+def test_a_model_that_prunes_nothing_is_the_end_of_every_frontier_and_a_run_not_yet_measured_is_no_point() -> None:
+    flops = {**RESULT["flops"], "reduction_unpadded": 1.0, "retention_mean": 1.0, "gflops_per_example": 2.0}
+    dense = {**RESULT, "metrics": {"dense": {"f1": 0.8, "accuracy": 0.9}}, "flops": flops, "latency": []}
+    point = frontier_point(dense)
+    assert (point["sst2"], point["flops_share"], point["speedup"]) == ({"f1": 0.8}, 1.0, 1.0)
+    assert frontier_point({**RESULT, "metrics": {}, "flops": {}}) == {}
+    assert "speedup" not in frontier_point({**RESULT, "latency": []})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+@pytest.mark.parametrize("labels", [("negative", "positive"), ()])
+def test_examples_hold_text_answers_and_the_tokens_that_each_layer_dropped(
+    quiet_wandb: Path, labels: tuple[str, ...]
+) -> None:
+    loggers = loggers_for(Settings(wandb=True), quiet_wandb)
+    answer = replace(AN_ANSWER, label="positive", probability=0.9) if labels else AN_ANSWER
+    log_examples(wandb_runs(loggers), [Example(answer, "negative" if labels else 2.25)])
+    close(loggers)
+    run = read_offline_run(quiet_wandb)
+    (row,) = run.table("examples")
+    assert row["text"] == "a <b>fine</b> film ‖ dull & long"
+    judged = ("negative", "positive", False) if labels else (2.25, 1.5, 0.75)
+    assert (row["gold"], row["predicted"], row["correct" if labels else "error"]) == judged
+    assert (row["tokens"], row["tokens_kept"]) == (8, "7 4 1")
+    assert row["retention"] == pytest.approx((7 + 4 + 1) / 24)
+    assert row["marked"] == "[a] <b>fine[</b> film] ‖ [dull] & long"
+    assert [row[f"dropped_in_layer_{layer}"] for layer in (1, 2, 3)] == ["a", "</b> film [SEP] dull", ""]
+    page = run.media("examples_page", "html-file").read_text()
+    shown = re.sub(r"<[^>]*>", "", page.partition("</p>")[2])
+    assert "a &lt;b&gt;fine&lt;/b&gt; film ‖ dull &amp; long" in shown
+    places = re.findall(r'<span title="([^"]*)"[^>]*>([^<]*)</span>', page.partition("</p>")[2])
+    assert places == [
+        ("dropped in layer 1", "a"),
+        ("read by the last layer", " &lt;b&gt;fine"),
+        ("dropped in layer 2", "&lt;/b&gt; film"),
+        ("dropped in layer 2", "dull"),
+        ("read by the last layer", " &amp; long"),
+    ]
+    assert ("class='answer wrong'" in page) == bool(labels)
+
+
+def test_a_copied_run_holds_its_tables_and_pages_and_nothing_lies_anywhere_else(quiet_wandb: Path) -> None:
+    here, there = quiet_wandb / "here", quiet_wandb / "there"
+    loggers = loggers_for(Settings(wandb=True), here)
+    log_result(loggers, RESULT)
+    log_examples(wandb_runs(loggers), [Example(AN_ANSWER, 1.0)])
+    close(loggers)
+    finished = read_offline_run(here)
+    shutil.copytree(here, there, symlinks=True)
+    shutil.rmtree(here)
+    copy = read_offline_run(there)
+    assert finished.artifacts == copy.artifacts == []  # they would be staged in the user's home
+    assert copy.summary == finished.summary
+    assert len(copy.table("layers")) == 2
+    assert len(copy.table("by_length")) == 3
+    assert len(copy.table("examples")) == 1
+    assert copy.media("examples_page", "html-file").read_text().startswith("<!DOCTYPE html>")
+    assert [path for path in there.rglob("*") if path.is_symlink() and not path.exists()] == []
+    naming = {path.suffix for path in there.rglob("*") if path.is_file() and str(here).encode() in path.read_bytes()}
+    assert naming <= {".wandb", ".log"}  # W&B notes where a run was written, for the reader only
+    assert str(here) not in json.dumps([copy.config, copy.history, copy.summary])
+    elsewhere = [path for path in (quiet_wandb / "elsewhere").rglob("*") if path.is_file()]
+    assert {path.suffix for path in elsewhere} <= {".log"}
+
+
+@pytest.mark.parametrize(("arguments", "mode"), [([], "offline"), (["logger.offline=false"], "online")])
+def test_runs_are_offline_unless_asked(
+    quiet_wandb: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], mode: str
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def init(**settings: Any) -> Any:
+        asked.update(settings)
+        raise wandb.Error("No network in a test.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        cfg = compose("config", ["+method=ltp", "logger=wandb", "logger.csv=false", *arguments])
+    check_config(cfg)
+    expected = rf"logger\.offline={mode == 'offline'}: .* \(No network in a test\); ".lower()
+    with pytest.raises(UserError, match=f"(?i){expected}"):
+        make_loggers(cfg.logger, a_record(quiet_wandb), [], {})
+    assert asked["mode"] == mode
 
 
 @pytest.mark.parametrize("first_job_closes", [True, False])
@@ -321,6 +485,15 @@ def test_the_table_of_a_run_that_measured_little_has_dashes_and_no_empty_rows() 
     assert "FLOPs" not in rows and "speed-up" not in rows
 
 
+def test_the_table_of_a_method_that_prunes_nothing_has_one_column() -> None:
+    result = {**RESULT, "metrics": {"dense": {"accuracy": 0.92}}, "latency": []}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(result))
+    printed = console.export_text()
+    assert "student" not in printed
+    assert "2.0000" in printed
+
+
 def test_the_summary_ends_with_the_path_of_everything_that_was_written(tmp_path: Path) -> None:
     with a_record(tmp_path) as record:
         record.update(**{key: RESULT[key] for key in ("metrics", "flops", "latency")})
@@ -344,7 +517,33 @@ def quiet_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def a_record(directory: Path, config_hash: str = "0123abcd") -> RunRecord:
+AN_ANSWER = Prediction(
+    text=("a <b>fine</b> film", "dull & long"),
+    label=None,
+    probability=None,
+    logits=[1.5],
+    tokens=[
+        Token("[CLS]", None, 0, 0),
+        Token("a", 0, 0, 1),
+        Token("fine", 0, 2, 9),
+        Token("film", 0, 9, 18),
+        Token("[SEP]", None, 0, 0),
+        Token("dull", 1, 0, 4),
+        Token("&", 1, 5, 6),
+        Token("long", 1, 7, 11),
+    ],
+    # as LTP: the last layer reads what the second one kept, and passes on the first token alone
+    kept=[
+        [True, False, True, True, True, True, True, True],
+        [True, False, True, False, False, False, True, True],
+        [True, False, False, False, False, False, False, False],
+    ],
+    read=[True, False, True, False, False, False, True, True],
+    truncated=False,
+)
+
+
+def a_record(directory: Path, config_hash: str = "0123abcd", overrides: Sequence[str] = ("task=sst2",)) -> RunRecord:
     return RunRecord(
         directory,
         method="ltp",
@@ -352,7 +551,7 @@ def a_record(directory: Path, config_hash: str = "0123abcd") -> RunRecord:
         backbone="minilm_l6",
         seed=0,
         config_hash=config_hash,
-        overrides=["task=sst2"],
+        overrides=overrides,
     )
 
 
@@ -360,8 +559,10 @@ def written(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "result.json").read_text())
 
 
-def loggers_for(settings: Settings, directory: Path) -> list[Logger]:
-    return make_loggers(settings, directory, "a_name", "a_group", ["a_tag"], {"seed": 0, "loss": {"alpha": 0.1}})
+def loggers_for(settings: Settings, directory: Path, overrides: Sequence[str] = ()) -> list[Logger]:
+    directory.mkdir(exist_ok=True)
+    record = a_record(directory, overrides=overrides)
+    return make_loggers(settings, record, ["a_tag"], {"seed": 0, "loss": {"alpha": 0.1}})
 
 
 def rendered(result: dict[str, Any]) -> str:
@@ -373,53 +574,3 @@ def rendered(result: dict[str, Any]) -> str:
 def numbers(rows: str, name: str) -> list[str]:
     (line,) = [line for line in rows.splitlines() if line.strip().startswith(name)]
     return line.split(name)[1].split()
-
-
-def finished_run(path: Path) -> list[Any]:
-    """The records of an offline run, the exit record last; W&B writes it some milliseconds after `finish` returned."""
-    for _ in range(500):
-        records = list(wandb_records(path))
-        if records and records[-1].HasField("exit"):
-            return records
-        time.sleep(0.02)
-    raise AssertionError(f"{path} holds no exit record, only {len(records)} others")
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of an offline run: LevelDB's log format, 32 KiB blocks of chunks, after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, pending = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        pending += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield Record.FromString(pending)
-            pending = b""
-
-
-def items(pairs: Any) -> dict[str, Any]:
-    return {pair.key or "/".join(pair.nested_key): json.loads(pair.value_json) for pair in pairs}
-
-
-def items_of(records: list[Any], kind: str, field: str) -> dict[str, Any]:
-    """Every item of the records of one kind, the later ones on top."""
-    merged: dict[str, Any] = {}
-    for record in records:
-        if record.WhichOneof("record_type") == kind:
-            merged |= items(getattr(getattr(record, kind), field))
-    return merged
-
-
-def test_the_table_of_a_method_that_prunes_nothing_has_one_column() -> None:
-    result = {**RESULT, "metrics": {"dense": {"accuracy": 0.92}}, "latency": []}
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary_table(result))
-    printed = console.export_text()
-    assert "student" not in printed
-    assert "2.0000" in printed

@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,11 +19,13 @@ from tokprune_exp.config import (
     check_config,
     choices,
     config_directory,
+    config_hash,
     method_needed,
     run_directory,
     unknown_key,
 )
 from tokprune_exp.errors import UserError
+from tokprune_exp.sweep import Job, Jobs, objectives, report, run_job
 
 USER_ERROR, ANY_OTHER_ERROR = 2, 1
 """Exit codes."""
@@ -33,24 +36,48 @@ class JobFailed(Exception):
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
-def job(cfg: DictConfig) -> None:
-    """Check and run one configuration; of a sweep, one of its jobs."""
+def job(cfg: DictConfig) -> tuple[float, float] | None:
+    """Check and run one configuration; a job of a sweep in a process of its own, which then runs it like any other."""
     settings = HydraConfig.get()
-    is_sweep = settings.mode == RunMode.MULTIRUN
-    name = f"job {settings.job.num} ({settings.job.override_dirname}): " if is_sweep else ""
-    failed = JobFailed if is_sweep else SystemExit
+    if settings.mode == RunMode.MULTIRUN:
+        return one_of_a_sweep(cfg, settings)
     try:
         check_config(cfg)
         from tokprune_exp.run import run
 
-        run(cfg, run_directory(cfg, Path(settings.sweep.dir if is_sweep else "outputs")).absolute())
+        run(cfg, run_directory(cfg, Path("outputs")).absolute())
     except UserError as error:
-        say(*(name + line for line in str(error).splitlines()))
-        raise failed(USER_ERROR) from None
+        say(str(error))
+        raise SystemExit(USER_ERROR) from None
     except Exception as error:
         traceback.print_exception(error)
-        say(f"{name}failed: {error}")
-        raise failed(ANY_OTHER_ERROR) from None
+        say(f"failed: {error}")
+        raise SystemExit(ANY_OTHER_ERROR) from None
+    return None
+
+
+def one_of_a_sweep(cfg: DictConfig, settings: Any) -> tuple[float, float] | None:
+    """Run one job of a sweep; returns what a search for good settings asks for: metric and share of the FLOPs.
+
+    Raises:
+        JobFailed: it did not end well; it has said why.
+    """
+    sweep = Path(settings.sweep.dir).absolute()
+    try:
+        check_config(cfg)
+        this = Job(settings.job.num, list(settings.overrides.task), run_directory(cfg, sweep).absolute())
+        code = run_job(this, sweep, settings.launcher, config_hash(cfg))
+    except UserError as error:
+        say(
+            *(
+                f"job {settings.job.num + 1} ({settings.job.override_dirname}): {line}"
+                for line in str(error).splitlines()
+            )
+        )
+        raise JobFailed(USER_ERROR) from None
+    if code:
+        raise JobFailed(USER_ERROR if code == USER_ERROR else ANY_OTHER_ERROR)
+    return objectives(this.directory)
 
 
 def main() -> None:
@@ -59,10 +86,18 @@ def main() -> None:
     try:
         job()
     except JobFailed as failure:
+        report_of_sweep()
         sys.exit(failure.args[0])
     except (HydraException, OmegaConfBaseException) as error:
         say(in_words(error, sys.argv[1:]))
         sys.exit(USER_ERROR)
+    report_of_sweep()
+
+
+def report_of_sweep() -> None:
+    """Print what became of the jobs, if this was a sweep."""
+    if Jobs.started_in is not None:
+        report(Jobs.started_in)
 
 
 def say(*lines: str) -> None:

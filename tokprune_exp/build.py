@@ -1,6 +1,6 @@
 """From a checked configuration to the objects of a run: backbone, classifier, method."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokprune_exp.config import instantiate
+from tokprune_exp.config import instantiate, teacher_hash
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.task import Task
 from tokprune_exp.encoder.backbone import Backbone
@@ -126,6 +126,12 @@ def build_method(cfg: DictConfig, model: PrunedClassifier, data: TaskData) -> Pr
         teacher_is_trained=cfg.teacher.path is not None,
         initialises_student=cfg.teacher.initialises_student,
     )
+
+
+def shared_teacher(cfg: DictConfig, teacher: PruningModule) -> Callable[[TaskData, Any], tuple[Path, PrunedClassifier]]:
+    """Name the file in which runs that train the same dense model first keep it for one another."""
+    file = Path(cfg.shared_dir) / "teachers" / f"{teacher_hash(cfg)}.safetensors"
+    return lambda data, trainer: (file, teacher.model)
 
 
 def model_card(cfg: DictConfig, of_teacher: bool = False) -> ModelCard:

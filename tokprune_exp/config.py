@@ -68,7 +68,7 @@ SUPPLIED = {
 """Arguments that the run itself gives; a value for one of them in the configuration would be lost."""
 
 INSTANTIATE_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
-ADDED_GROUPS = ("method", "experiment", "sweep", "text")
+ADDED_GROUPS = ("method", "experiment", "sweep", "hparams_search", "text")
 """Groups that are not in the defaults list: they are chosen by +group=name."""
 
 SOURCES = ("directory", "hub", "wheel")
@@ -165,9 +165,11 @@ class RunConfig:
     epochs: int | None = None
     """Epochs of every stage; null: what each stage says."""
     compile: bool = False
-    """Train with the layers' feed-forward blocks compiled (`PrunedEncoder.compiled`); meant for GPUs, slower on CPUs."""
+    """Train with compiled feed-forward blocks (`PrunedEncoder.compiled`); meant for GPUs, slower on CPUs."""
     run_dir: str | None = None
     """Where the run is written; null: a folder named after the configuration (see `run_directory`)."""
+    shared_dir: str | None = None
+    """Where runs keep the dense models that they train first, for one another; a sweep sets it for its jobs."""
     overwrite: bool = False
     """Start a finished run anew."""
     tags: list[str] = field(default_factory=list)
@@ -221,7 +223,7 @@ Plugins.instance().register(SweepDirectory)
 def config_hash(cfg: DictConfig) -> str:
     """Eight hexadecimal digits that differ whenever a value differs that can change the result."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key in ("run_dir", "overwrite", "logger", "tags"):
+    for key in ("run_dir", "shared_dir", "overwrite", "logger", "tags"):
         values.pop(key, None)
     values["data"].pop("cache", None)
     for node, key in ((values, "start_from"), (values.get("teacher") or {}, "path")):
@@ -229,6 +231,15 @@ def config_hash(cfg: DictConfig) -> str:
         if node.get(key) and weights.is_file():
             node[key] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def teacher_hash(cfg: DictConfig) -> str:
+    """Digits that differ whenever a value differs that can change the dense model which is trained first."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    parts = {key: values[key] for key in ("seed", "task", "teacher", "optimizer", "data", "trainer", "epochs")}
+    parts["data"].pop("cache", None)
+    parts["warmup_fraction"] = values["method"].get("warmup_fraction")
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_directory(cfg: DictConfig, root: Path) -> Path:

@@ -21,22 +21,21 @@ from tokprune_exp.build import (
     method_name,
     model_card,
     plain,
+    shared_teacher,
 )
 from tokprune_exp.config import config_hash, instantiate, overrides
-from tokprune_exp.data.module import TaskData
 from tokprune_exp.encoder.pretrained import load_backbone
 from tokprune_exp.errors import UserError
-from tokprune_exp.measure.report import measure, sample
+from tokprune_exp.examples import answered, log_examples
+from tokprune_exp.measure.report import measure
 from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import save_model
 from tokprune_exp.precision import resolve_accelerator, resolve_precision, use_fast_exact_float32
 from tokprune_exp.serving import TextClassifier
 from tokprune_exp.stages import run_stage
 from tokprune_exp.tracking import (
-    Example,
     RunRecord,
     close,
-    log_examples,
     log_result,
     make_loggers,
     print_summary,
@@ -45,8 +44,6 @@ from tokprune_exp.tracking import (
 )
 
 LOGGER = logging.getLogger(__name__)
-SHOWN_EXAMPLES = 20
-"""Texts of the reported split that a W&B run shows with their dropped tokens."""
 
 
 def run(cfg: DictConfig, directory: Path) -> None:
@@ -102,6 +99,8 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     trainer = partial(instantiate(cfg.trainer), accelerator=accelerator, precision=precision)
     for stage in method.stages():
         seed_everything(cfg.seed, workers=True, verbose=False)  # whatever was trained, loaded or resumed before
+        if stage.name == "teacher" and cfg.shared_dir is not None:
+            stage = replace(stage, shared=shared_teacher(cfg, stage.module))
         with record.stage(stage.name):
             epochs = min(stage.epochs, 1) * (cfg.epochs or stage.epochs)  # a stage without training stays without
             with model.encoder.compiled() if cfg.compile else nullcontext():
@@ -115,18 +114,9 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     record.update(
         **measure(method, data, cfg.measure, "cuda" if accelerator in ("gpu", "cuda") else "cpu", attribution)
     )
-    if any(wandb_runs(loggers)):
-        classifier = TextClassifier(method.model.cpu(), model_card(cfg), backbone.tokenizer)
-        log_examples(loggers, examples_of(classifier, data))
-
-
-def examples_of(classifier: TextClassifier, data: TaskData) -> list[Example]:
-    """Let the trained model answer a few texts of the reported split, the same ones for every model of the task."""
-    split, labels = data.evaluation, data.task.labels
-    rows = sample(split, SHOWN_EXAMPLES).tolist()
-    predictions = classifier.predict([split.texts[row] for row in rows])
-    golds = [labels[int(split.labels[row])] if labels else float(split.labels[row]) for row in rows]
-    return [Example(*pair) for pair in zip(predictions, golds, strict=True)]
+    runs = list(wandb_runs(loggers))
+    if runs:
+        log_examples(runs, answered(TextClassifier(method.model.cpu(), model_card(cfg), backbone.tokenizer), data))
 
 
 def is_finished(directory: Path, cfg: DictConfig) -> bool:

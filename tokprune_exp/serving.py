@@ -92,8 +92,15 @@ BATCH_TOKENS = 4096
 class TextClassifier:
     """A trained model with its tokenizer, run gathered: pruned tokens and padding are not computed."""
 
-    def __init__(self, model: PrunedClassifier, card: ModelCard, tokenizer: Any, precision: Precision = "fp32") -> None:
-        self.model, self.card = model.for_inference(precision), card
+    def __init__(
+        self,
+        model: PrunedClassifier,
+        card: ModelCard,
+        tokenizer: Any,
+        precision: Precision = "fp32",
+        device: str = "cpu",
+    ) -> None:
+        self.model, self.card, self.device = model.to(device).for_inference(precision), card, device
         self.backend = truncating_backend(tokenizer, card.max_tokens)
         self.has_types = "token_type_ids" in tokenizer.model_input_names
 
@@ -110,9 +117,9 @@ class TextClassifier:
         encodings = self._encode(texts)
         predictions: list[Prediction | None] = [None] * len(texts)
         for rows, output in self._outputs(encodings, batch_tokens):
-            masks = torch.stack([layer.outputs for layer in output.trace.layers], dim=1)  # (B, layers, N)
-            read = output.trace.layers[-1].keys
-            for row, logits, *tokens in zip(rows.tolist(), output.logits, masks, read, strict=True):
+            masks = torch.stack([layer.outputs for layer in output.trace.layers], dim=1).cpu()  # (B, layers, N)
+            read = output.trace.layers[-1].keys.cpu()
+            for row, logits, *tokens in zip(rows.tolist(), output.logits.cpu(), masks, read, strict=True):
                 predictions[row] = self._prediction(texts[row], encodings[row], logits, *tokens)
         return [prediction for prediction in predictions if prediction is not None]
 
@@ -124,7 +131,7 @@ class TextClassifier:
         """
         logits = torch.zeros(len(texts), self.model.head.classifier.out_features)
         for rows, output in self._outputs(self._encode(texts), batch_tokens):
-            logits[rows] = output.logits
+            logits[rows] = output.logits.cpu()
         return logits
 
     def _encode(self, texts: Sequence[Text]) -> list[Encoding]:
@@ -157,7 +164,7 @@ class TextClassifier:
             fingerprint="",
         )
         for batch in BatchLoader(split, token_batches(split.lengths, batch_tokens)):
-            yield batch.index, self.model(batch, "gathered")
+            yield batch.index, self.model(batch.to(self.device), "gathered")
 
     def _prediction(self, text: Text, encoding: Encoding, logits: Tensor, kept: Tensor, read: Tensor) -> Prediction:
         label, probability = None, None
@@ -177,11 +184,15 @@ class TextClassifier:
         )
 
 
-def load(model_dir: str | Path, threads: int | None = None, precision: Precision = "fp32") -> TextClassifier:
+def load(
+    model_dir: str | Path, threads: int | None = None, precision: Precision = "fp32", device: str = "cpu"
+) -> TextClassifier:
     """Load a model directory, the `model/` of a finished run, for prediction; nothing else is read.
 
     `threads` sets the number of CPU threads that torch uses in this process. `precision="bf16"` multiplies in bfloat16,
     up to twice as fast on CPUs that can; answers then differ a little, by how much is said by `tokprune_exp.bench`.
+
+    `device` is where torch computes, for instance cuda.
 
     Raises:
         UserError: there is no model there, or no such precision.
@@ -193,4 +204,4 @@ def load(model_dir: str | Path, threads: int | None = None, precision: Precision
             raise UserError(f"threads={threads} must be at least 1")
         torch.set_num_threads(threads)
     model, card = load_model(Path(model_dir))
-    return TextClassifier(model, card, load_tokenizer(model_dir), precision)
+    return TextClassifier(model, card, load_tokenizer(model_dir), precision, device)

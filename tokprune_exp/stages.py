@@ -9,6 +9,7 @@ checkpoints/<stage>/weights.safetensors the chosen weights; that it exists means
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tokprune_exp.data.module import TaskData
-from tokprune_exp.data.tokenise import save_at_once
+from tokprune_exp.data.tokenise import only_one, save_at_once
 from tokprune_exp.methods.module import Stage
 from tokprune_exp.tracking import write_json
 
@@ -61,14 +62,15 @@ def run_stage(
     if stage.before is not None:
         stage.before(data, trainer.strategy.root_device)
     shared = None if stage.shared is None else stage.shared(data, trainer)
-    if shared is not None and shared[0].is_file():
-        LOGGER.info("stage %s: trained by an earlier run, weights from %s", stage.name, shared[0])
-        shared[1].load_state_dict(load_file(shared[0]))
-    elif stage.epochs:
-        train(stage, trainer, data, folder)
-        LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
-        if shared is not None:
-            save_weights(shared[1], shared[0])
+    with nullcontext() if shared is None else only_one(shared[0]):  # of the runs that share it trains it, others wait
+        if shared is not None and shared[0].is_file():
+            LOGGER.info("stage %s: trained by an earlier run, weights from %s", stage.name, shared[0])
+            shared[1].load_state_dict(load_file(shared[0]))
+        elif stage.epochs:
+            train(stage, trainer, data, folder)
+            LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
+            if shared is not None:
+                save_weights(shared[1], shared[0])
     stage.module.cpu()
     write_json(folder / "findings.json", stage.module.findings)
     save_weights(stage.module.model, weights)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tokprune_exp.attribution import Attribution
 from tokprune_exp.data.batches import BatchLoader, sorted_batches
-from tokprune_exp.data.tokenise import EncodedSplit, save_at_once, sha256_of
+from tokprune_exp.data.tokenise import EncodedSplit, only_one, save_at_once, sha256_of
 from tokprune_exp.model import PrunedClassifier
 
 BATCH_SIZE = 32
@@ -32,8 +32,9 @@ def teacher_signals(
     """
     key = sha256_of(VERSION, weights_digest(teacher), split.fingerprint, vars(settings))
     file = cache / "teacher_signals" / f"{key}.safetensors"
-    if not file.is_file():
-        save_at_once(_compute(teacher.to(device).eval(), split, settings, device), file)
+    with only_one(file):
+        if not file.is_file():
+            save_at_once(_compute(teacher.to(device).eval(), split, settings, device), file)
     signals = load_file(file)
     return signals["logits"], signals["attribution"]
 

@@ -10,6 +10,7 @@ from itertools import chain, compress
 from pathlib import Path
 
 import torch
+from filelock import BaseFileLock, FileLock
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -177,6 +178,12 @@ def flat(sequences: Iterable[list[int]]) -> Int[Tensor, " tokens"]:
 def sha256_of(*parts: object) -> str:
     """The sha256 of plain values, told apart by their JSON."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def only_one(file: Path) -> BaseFileLock:
+    """Return a lock on a file that several runs would make; it is free again when its holder ends, however that is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file.with_suffix(".lock"))
 
 
 def save_at_once(tensors: dict[str, Tensor], file: Path) -> None:

@@ -36,7 +36,7 @@ class FastLayer(EncoderLayer):
         self.widen = product_of([layer.intermediate], dtype)
         self.narrow = product_of([layer.output], dtype)
         self.normalise_attended, self.normalise_output = _norm(layer.attention_norm), _norm(layer.output_norm)
-        self.attention = attention_for(layer.query.out_features // layer.heads, layer.query.weight.device)
+        self.attention_up_to = attention_for(layer.query.out_features // layer.heads, layer.query.weight.device)
 
     def attend(
         self,
@@ -54,8 +54,10 @@ class FastLayer(EncoderLayer):
         if wants.scores:
             asked, keys, values = query[: len(asking)], key[: len(hidden)], value[: len(hidden)]
             return layout.attend(asked.float(), keys.float(), values.float(), self.heads, wants=wants, queries=queries)
-        context, received = self.attention(query, key, value, queries.starts, layout.starts, self.heads, wants.received)
-        return Attended(context[: len(asking)], None if received is None else layout.to_grid(received))
+        attention = self.attention_up_to(layout.alive.shape[1])
+        context, received = attention(query, key, value, queries.starts, layout.starts, self.heads, wants.received)
+        grid = None if received is None else layout.to_grid(received[: len(hidden)])
+        return Attended(context[: len(asking)], grid)
 
     def scores(self, hidden: Float[Tensor, "total dim"], layout: Layout) -> Float[Tensor, "batch heads grid grid"]:
         """Compute the attention scores of the layer, before the softmax, and nothing else."""
@@ -79,8 +81,8 @@ class FastLayer(EncoderLayer):
 
 
 def filled_up(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "more dim"]:
-    """Append rows of zeros up to a number of rows that the library has prepared for."""
-    spare = rows_to_compute(len(rows)) - len(rows)
+    """Append rows of zeros up to a number of rows that the CPU's library has prepared for."""
+    spare = rows_to_compute(len(rows)) - len(rows) if rows.is_cpu else 0
     return F.pad(rows, (0, 0, 0, spare)) if spare else rows
 
 

@@ -123,10 +123,19 @@ class CompiledAttention:
         return context, None if received is None else received[0]
 
 
-def attention_for(head_dim: int, device: torch.device) -> AttentionOfPacked:
-    """Return the fastest attention of packed sequences that there is for heads of this size on this device."""
+def attention_for(head_dim: int, device: torch.device) -> Callable[[int], AttentionOfPacked]:
+    """Return what makes the fastest attention of packed sequences that there is for such heads on this device.
+
+    It is given a length that no sequence of the batch exceeds; a GPU's kernel is laid out by it.
+    """
+    if device.type == "cuda":
+        from tokprune_exp.kernels.attention_triton import triton_attention
+
+        fused = triton_attention(head_dim)
+        if fused is not None:
+            return fused
     compiled = compiled_attention() if head_dim in HEAD_DIMS and device.type == "cpu" else None
-    return attend_in_loop if compiled is None else compiled
+    return lambda longest: attend_in_loop if compiled is None else compiled
 
 
 @cache
