@@ -4,9 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 MODEL ?=
+SWEEP ?=
+BENCH_RUN := outputs/bench_model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench curves clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +32,12 @@ lint: setup  ## style, format and types
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
-bench: setup  ## measure the speed of a trained model: make bench MODEL=directory
-	$(RUN) -m tokprune_exp.bench $(MODEL)
+bench: setup  ## measure the speed of a trained model: make bench [MODEL=directory]
+	test -n "$(MODEL)" || $(RUN) -m tokprune_exp +method=ltp task=rotten_tomatoes trainer=smoke logger=none run_dir=$(BENCH_RUN)
+	$(RUN) -m tokprune_exp.bench $(or $(MODEL),$(BENCH_RUN)/model) --reductions 2.1 4
+
+curves: setup  ## draw accuracy against FLOPs: make curves SWEEP=multirun/NAME
+	$(RUN) -m tokprune_exp.curves $(SWEEP)
 
 clean:  ## remove the environment and the caches, but no results
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""The bench: three variants of one model, raced on real texts, and a record that can be read back."""
+"""The bench as a command: variants of one model raced on real texts, and a record that can be read back."""
 
 import csv
 import json
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
-from model_directories import MAX_TOKENS, save_random_model
+from model_directories import save_random_model
 
-from tokprune_exp.bench import PlainTransformers, check_same_model, flops_reduction, main, measure, reached
+from tokprune_exp.bench.__main__ import main
+from tokprune_exp.bench.arguments import read_arguments
+from tokprune_exp.bench.picture import draw_speed
+from tokprune_exp.bench.report import print_speed
+from tokprune_exp.bench.screen import screen
+from tokprune_exp.bench.speed import bench
 from tokprune_exp.config import load_task
-from tokprune_exp.data.tokenise import encode_texts
 from tokprune_exp.errors import UserError
-from tokprune_exp.model import load_model
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -27,107 +29,125 @@ def directory(random_classifier, tiny_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sst2_root(tiny_root, tmp_path_factory):
-    """A data root that holds the tiny task's rows under SST-2's name."""
+def data_root(tiny_root, tmp_path_factory):
+    """A data root that holds the tiny task's rows under the names of SST-2 and CoLA."""
     root = tmp_path_factory.mktemp("root")
-    (root / "glue_sst2").mkdir()
-    for split in ("train", "validation"):
-        pd.read_parquet(tiny_root / "tiny" / f"{split}.parquet").to_parquet(root / "glue_sst2" / f"{split}.parquet")
+    for name in ("glue_sst2", "glue_cola"):
+        (root / name).mkdir()
+        for split in ("train", "validation"):
+            pd.read_parquet(tiny_root / "tiny" / f"{split}.parquet").to_parquet(root / name / f"{split}.parquet")
     return root
 
 
-def test_a_bench_is_a_table_and_two_files(directory, sst2_root, tmp_path):
-    sizes = ["--examples", "8", "--rounds", "2", "--batch-sizes", "1", "4", "32", "--threads", "1"]
-    called = [sys.executable, "-m", "tokprune_exp.bench", str(directory), *sizes]
-    done = subprocess.run(
-        [*called, "--data-root", str(sst2_root), "--output", str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"},
-        cwd=tmp_path,
+def called(*arguments):
+    """Run the bench as a command in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tokprune_exp.bench", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "100"},
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    for words in ("(b) plain transformers", "Only ratios within this run are meaningful", "batch size 32", "bench.csv"):
-        assert words in done.stdout
 
-    record = json.loads((tmp_path / "out" / "bench.json").read_text())
+
+@pytest.fixture(scope="module")
+def benched(directory, data_root, tmp_path_factory):
+    """One whole bench in both precisions: what it printed and its folder."""
+    out = tmp_path_factory.mktemp("out") / "new"
+    sizes = ["--examples", "8", "--rounds", "2", "--batch-sizes", "1", "4", "32", "--threads", "1"]
+    done = called(
+        directory, *sizes, "--reductions", "1.4", "90", "--precision", "both", "--data-root", data_root, "--output", out
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout, out
+
+
+def test_a_bench_is_tables_three_files_and_a_record_of_how_it_was_measured(benched, directory):
+    printed, out = benched
+    for words in (
+        "Batch size 4 (2 batches)",
+        "ours pruned bf16, 1.4×",
+        "transformers, ",
+        "Padding, apart from pruning",
+        "bf16 against fp32",
+        "--reductions 90: out of reach",
+        "batch size 32",
+        "Only ratios within this run are meaningful",
+        "bench.csv",
+    ):
+        assert words in printed
+    assert "…" not in printed.split("rounds …")[1], "a cell was cut"
+    assert max(len(line) for line in printed.splitlines() if "Written" not in line) <= 100
+
+    record = json.loads((out / "bench.json").read_text())
     assert record["model"] == {"directory": str(directory), "method": "random", "task": "sst2"}
     assert record["command"].startswith("python -m tokprune_exp.bench ")
-    assert record["hardware"]["threads"] == 1
+    assert (record["hardware"]["threads"], record["warmup_rounds"]) == (1, 1)
     assert {"torch", "transformers"} <= set(record["versions"])
-    assert record["float32_products"]
-    assert record["texts"]["rows_used"] == 8
-    assert [(row["batch_size"], row["batches"]) for row in record["rows"]] == [(1, 8), (4, 2)]
-    for row in record["rows"]:
-        assert row["flops_reduction"] > 1
-        assert row["attained"] == pytest.approx(row["speedup"] / row["flops_reduction"])
-        assert row["pruned_texts_per_s"] == pytest.approx(1e3 * row["batch_size"] / row["pruned_ms"])
+    assert set(record["kernels"]) == {"product_fp32", "product_bf16", "attention"}
+    assert record["texts"]["examples"] == record["texts"]["source"]["rows_used"] == 8
+    assert [point["name"] for point in record["points"]] == ["own", "1.4x"]
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
 
-    with (tmp_path / "out" / "bench.csv").open() as file:
+
+def test_every_variant_has_a_row_at_each_batch_size_that_the_texts_fill(benched):
+    record = json.loads((benched[1] / "bench.json").read_text())
+    ours = {"dense_fp32", "dense_bf16", *(f"pruned_{p}_{at}" for p in ("fp32", "bf16") for at in ("own", "1.4x"))}
+    variants = {row["variant"] for row in record["rows"]}
+    assert ours | {"transformers"} <= variants
+    assert {(row["variant"], row["batch_size"]) for row in record["rows"]} == {(v, n) for v in variants for n in (1, 4)}
+    for row in record["rows"]:
+        assert row["texts_per_s"] == pytest.approx(1e3 * row["batch_size"] / row["ms"])
+        assert (row["flops_reduction"] is None) == (row["point"] is None)
+        if row["point"]:
+            assert row["attained"] == pytest.approx(row["speedup"] / row["flops_reduction"])
+            assert row["reference"] == f"dense_{row['precision']}"
+    assert [row["model"] for row in record["accuracy"]] == ["dense", "pruned"]
+    assert {row["batch_size"] for row in record["shares"]} == {1, 4}
+    assert {row["variant"] for row in record["best"]} == variants
+
+
+def test_the_csv_has_a_line_per_row_that_can_be_read_alone(benched):
+    record = json.loads((benched[1] / "bench.json").read_text())
+    with (benched[1] / "bench.csv").open() as file:
         lines = list(csv.DictReader(file))
     for line, row in zip(lines, record["rows"], strict=True):
+        assert (line["variant"], int(line["batch_size"])) == (row["variant"], row["batch_size"])
         assert float(line["speedup"]) == row["speedup"]
         assert [float(line[f"speedup_quartiles_{end}"]) for end in (1, 3)] == row["speedup_quartiles"]
-        assert (line["command"], line["threads"], line["torch"]) == (record["command"], "1", row["torch"])
+        assert (line["command"], line["threads"], line["task"]) == (record["command"], "1", "sst2")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
-def test_plain_transformers_puts_out_the_logits_of_our_unpruned_model(
-    family, random_classifier, tiny_tokenizer, tmp_path
-):
-    model, _ = load_model(save_random_model(tmp_path, random_classifier, tiny_tokenizer, family=family))
-    texts = ["good film", "the plot is not very good", "dull"]
-    batch = encode_texts(tiny_tokenizer, texts, MAX_TOKENS).collate(range(3))
-    # each family pads with a token of its own
-    batch.input_ids[~batch.valid] = model.encoder.shape.pad_token
-    batch.input_ids[batch.valid & (batch.input_ids == model.encoder.shape.pad_token)] = 7
-    plain = PlainTransformers(model)
-    with torch.no_grad():
-        theirs, ours = plain(batch), model(batch, "gathered", prune=False).logits
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-        check_same_model(model, plain, [batch])
-    assert not plain.training
+def test_texts_of_another_task_are_timed_and_not_judged(directory, data_root, tmp_path, capsys):
+    few = ["--examples", "4", "--rounds", "1", "--batch-sizes", "4", "--peers", "none", "--precision", "both"]
+    places = ["--data-root", str(data_root), "--output", str(tmp_path)]
+    bench(read_arguments([str(directory), *few, "--texts-of", "cola", *places]))
+    printed = capsys.readouterr().out
+    assert "The model was trained on sst2: on texts of cola" in printed
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert (record["texts"]["task"], record["texts"]["is_own_task"], record["accuracy"]) == ("cola", False, [])
+    assert {row["side"] for row in record["rows"]} == {"ours"}
+    assert "Padding" not in printed
 
 
-def test_another_model_is_not_raced_against(directory, tiny_tokenizer):
-    model, _ = load_model(directory)
-    plain = PlainTransformers(model)
-    plain.encoder.encoder.layer[0].output.dense.bias.data[0] += 1
-    batch = encode_texts(tiny_tokenizer, ["good film"], MAX_TOKENS).collate([0])
-    with torch.no_grad(), pytest.raises(RuntimeError, match="puts out other logits"):
-        check_same_model(model, plain, [batch])
+def test_without_matplotlib_a_line_says_that_there_is_no_picture(benched, tmp_path, monkeypatch, capsys):
+    record = json.loads((benched[1] / "bench.json").read_text())
+    monkeypatch.setattr("tokprune_exp.bench.picture.find_spec", lambda name: None)
+    assert draw_speed(tmp_path / "no.png", record, screen()) == []
+    assert "No picture: matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "no.png").exists()
 
 
-def test_the_reduction_is_that_of_the_texts_timed(directory, tiny_tokenizer):
-    model, _ = load_model(directory)
-    split = encode_texts(tiny_tokenizer, ["good film", "the plot is not very good but long"], MAX_TOKENS)
-    dim, ff_dim = model.encoder.shape.dim, model.encoder.shape.ff_dim
-
-    def layer(before, after):
-        return 3 * dim**2 * before + 2 * dim * before**2 + (dim**2 + 2 * dim * ff_dim) * after
-
-    # 4 and 10 tokens, of which [CLS] and ⌈0.4 · 3⌉ = 2, ⌈0.4 · 9⌉ = 4 others survive the second of four layers
-    dense = 4 * (layer(4, 4) + layer(10, 10))
-    pruned = sum(layer(n, n) + layer(n, k) + 2 * layer(k, k) for n, k in ((4, 3), (10, 5)))
-    with torch.no_grad():
-        assert flops_reduction(model, [split.collate([0, 1])]) == pytest.approx(dense / pruned)
-
-
-def test_attained_is_the_share_of_the_reduction_that_became_speed():
-    row = {"batch_size": 8, "pruned_ms": 4.0, "dense_ms": 8.0, "hugging_face_ms": 16.0, "speedup": 2.0}
-    assert reached(row, 2.5) == {
-        "pruned_texts_per_s": 2000.0,
-        "dense_texts_per_s": 1000.0,
-        "hugging_face_texts_per_s": 500.0,
-        "flops_reduction": 2.5,
-        "attained": 0.8,
-    }
-
-
-def test_too_few_texts_are_refused(directory, tiny_tokenizer):
-    model, _ = load_model(directory)
-    with pytest.raises(UserError, match="1 texts fill no batch of 8: raise --examples"):
-        measure(model, encode_texts(tiny_tokenizer, ["good"], MAX_TOKENS), [32, 8], rounds=1)
+def test_a_model_that_prunes_nothing_has_tables_too(benched, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    record = json.loads((benched[1] / "bench.json").read_text())
+    for table in ("rows", "best"):
+        record[table] = [row for row in record[table] if row["point"] is None]
+    parts = ("scoring", "selection", "gathering")
+    record["shares"] = [
+        {key: value for key, value in row.items() if not key.startswith(parts)} for row in record["shares"]
+    ]
+    print_speed(record, screen())
+    assert "ours dense fp32" in capsys.readouterr().out
 
 
 def test_a_task_without_a_file_is_refused():
@@ -138,12 +158,27 @@ def test_a_task_without_a_file_is_refused():
         load_task("mine")
 
 
+def test_each_command_has_its_own_arguments():
+    assert read_arguments(["here", "--peers", "none"]).peers == []
+    assert read_arguments(["here"]).batch_sizes == [1, 8, 32, 128]
+    assert read_arguments(["selection", "--lengths", "64"]).lengths == [64]
+    training = read_arguments(["training", "--task", "cola", "backbone=gte_small"])
+    assert (training.command, training.task, training.overrides) == ("training", "cola", ["backbone=gte_small"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["{empty}"], "no model in {empty}: looked for"),
         (["{model}", "--output", "{file}"], "--output {file} cannot be made: File exists"),
         (["{model}", "--data-root", "{empty}", "--threads", "none"], "none is not a whole number above 0"),
+        (["{model}", "--reductions", "1"], "1 is not a number above 1"),
+        (["{model}", "--peers", "none", "openvino"], "--peers none stands alone, not with openvino"),
+        (["{model}", "--texts-of", "mine", "--output", "{empty}"], "--texts-of mine: there is no such task"),
+        (["selection", "--batch", "0"], "0 is not a whole number above 0"),
+        (["training", "--task", "mine", "--output", "{empty}"], "task/mine"),
+        (["training", "--output", "{empty}", "data.batch_size=many"], "data.batch_size=many"),
+        (["training", "--output", "{empty}", "data.batchsize=8"], "data.batchsize=8"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(directory, tmp_path, monkeypatch, capsys, arguments, sentence):

@@ -35,7 +35,7 @@ FLOORS = [
 
 MAY_IMPORT = {
     "hydra": ["__main__", "config", "sweep", "bench.training"],
-    "omegaconf": ["__main__", "config", "sweep", "build", "run", "bench.training"],
+    "omegaconf": ["__main__", "config", "sweep", "build", "run"],
     "lightning": ["run", "stages", "methods", "data", "tracking", "bench.training"],
     "transformers": ["encoder.pretrained", "data"],
     "fvcore": ["measure.flops"],

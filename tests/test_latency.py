@@ -47,21 +47,16 @@ def test_the_speed_up_is_the_median_ratio_within_a_round(monkeypatch: pytest.Mon
     assert (row["dense_ms"], row["pruned_ms"]) == (4000.0, 1500.0)
     assert (row["batch_size"], row["batches"], row["rounds"]) == (4, 2, 3)
     assert (row["threads"], row["torch"]) == (torch.get_num_threads(), torch.__version__)
-    assert "hugging_face_ms" not in row
 
 
-def test_each_size_is_a_row_and_hugging_face_a_third_variant() -> None:
-    seen: list[torch.Tensor] = []
+def test_each_size_is_a_row_and_nothing_is_timed_with_gradients() -> None:
     rows = compare_latency(
-        pruned=lambda batch: seen.append(batch.input_ids),
+        pruned=lambda batch: torch.is_grad_enabled() and pytest.fail("timed with gradients"),
         dense=lambda batch: batch,
         batches_by_size={1: [one_batch()], 8: [one_batch()]},
         rounds=2,
-        hugging_face=lambda batch: torch.is_grad_enabled() and pytest.fail("timed with gradients"),
     )
     assert [row["batch_size"] for row in rows] == [1, 8]
-    assert all(row["hugging_face_ms"] >= 0 and "speedup_over_hugging_face" in row for row in rows)
-    assert len(seen) == 2 * (2 + 1)
 
 
 def test_a_size_without_a_full_batch_is_refused() -> None:

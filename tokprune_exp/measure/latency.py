@@ -18,6 +18,19 @@ from tokprune_exp.data.batch import Batch
 Forward = Callable[[Batch], Any]
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two variants: the median over rounds of the ratio within a round, and its quartiles."""
+
+    median: float
+    quartiles: tuple[float, float]
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> "Ratio":
+        """Summarise one ratio per round."""
+        return cls(statistics.median(ratios), _quartiles(ratios))
+
+
 @dataclass
 class Timing:
     """The seconds of one variant, one entry per round."""
@@ -34,11 +47,20 @@ class Timing:
         """First and third quartile over rounds, in seconds: the spread."""
         return _quartiles(self.seconds)
 
+    def over(self, other: "Timing") -> Ratio:
+        """Divide these seconds by those of another variant, round by round."""
+        return Ratio.of([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
 
-def interleaved_medians(callables: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
+
+def interleaved_medians(
+    callables: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    after_each: Callable[[], Any] = lambda: None,
+) -> dict[str, Timing]:
     """Seconds of each variant in each round, the variants taking turns, every second round in reversed order.
 
-    A GPU that is in use is waited for before and after each call.
+    A GPU that is in use is waited for before and after each call. `after_each` is called, untimed, after every call.
 
     Raises:
         ValueError: without a round to measure.
@@ -52,6 +74,7 @@ def interleaved_medians(callables: Mapping[str, Callable[[], Any]], rounds: int,
             took = _timed(callables[name])
             if round_ >= 0:
                 seconds[name].append(took)
+            after_each()
     return {name: Timing(each) for name, each in seconds.items()}
 
 
@@ -68,19 +91,16 @@ def compare_latency(
     batches_by_size: Mapping[int, Sequence[Batch]],
     rounds: int,
     warmup: int = 1,
-    hugging_face: Forward | None = None,
 ) -> list[dict[str, Any]]:
     """Speed-up of the pruned over the unpruned forward at each batch size, one row per size.
 
     `*_ms` is the median time of one batch, `speedup` the median over rounds of dense / pruned within the round, with
-    `speedup_quartiles` as its spread. `hugging_face`, where given, is a third variant on the same batches.
+    `speedup_quartiles` as its spread.
 
     Raises:
         ValueError: for a batch size without batches.
     """
     variants = {"dense": dense, "pruned": pruned}
-    if hugging_face is not None:
-        variants["hugging_face"] = hugging_face
     return [_compare(variants, size, batches, rounds, warmup) for size, batches in batches_by_size.items()]
 
 
@@ -103,16 +123,14 @@ def _compare(
     row: dict[str, Any] = {"batch_size": size, "batches": len(batches), "rounds": rounds}
     row |= {f"{name}_ms": 1e3 * timing.median_s / len(batches) for name, timing in timings.items()}
     row |= _speedup("speedup", timings["dense"], timings["pruned"])
-    if "hugging_face" in timings:
-        row |= _speedup("speedup_over_hugging_face", timings["hugging_face"], timings["pruned"])
     device = torch.cuda.get_device_name() if _gpu_is_used() else "cpu"
     return row | {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _speedup(name: str, slow: Timing, fast: Timing) -> dict[str, Any]:
     """Median and quartiles over rounds of the ratio within a round."""
-    ratios = [before / after for before, after in zip(slow.seconds, fast.seconds, strict=True)]
-    return {name: statistics.median(ratios), f"{name}_quartiles": list(_quartiles(ratios))}
+    ratio = slow.over(fast)
+    return {name: ratio.median, f"{name}_quartiles": list(ratio.quartiles)}
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
