@@ -145,12 +145,18 @@ def test_masked_running_is_refused(random_classifier, ragged_batch):
         model(ragged_batch(model, LENGTHS))
 
 
-def test_rows_are_filled_up_with_zeros():
+def test_rows_are_filled_up_with_whatever_lies_behind_them_or_with_zeros():
     rows = torch.randn(70, 3)
     filled = filled_up(rows)
     assert filled.shape == (72, 3) and torch.equal(filled[:70], rows) and not filled[70:].any()
     exact = torch.randn(64, 3)
     assert filled_up(exact) is exact
+    inside = torch.randn(80, 3)[5:75]
+    assert filled_up(inside).data_ptr() == inside.data_ptr() and torch.equal(filled_up(inside)[:70], inside)
+    at_the_end = torch.randn(75, 3)[5:]
+    assert torch.equal(filled_up(at_the_end)[:70], at_the_end) and not filled_up(at_the_end)[70:].any()
+    columns = torch.randn(3, 80).T[:70]
+    assert torch.equal(filled_up(columns)[:70], columns)
 
 
 def test_batches_of_at_most_so_many_tokens():

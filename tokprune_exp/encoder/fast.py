@@ -81,9 +81,18 @@ class FastLayer(EncoderLayer):
 
 
 def filled_up(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "more dim"]:
-    """Append rows of zeros up to a number of rows that the CPU's library has prepared for."""
-    spare = rows_to_compute(len(rows)) - len(rows) if rows.is_cpu else 0
-    return F.pad(rows, (0, 0, 0, spare)) if spare else rows
+    """Append rows that mean nothing, up to a number of rows that the CPU's library has prepared for.
+
+    Where there is memory behind the rows, as behind what a layer puts out, nothing is copied.
+    """
+    total, dim = rows.shape
+    more = rows_to_compute(total) if rows.is_cpu else total
+    if more == total:
+        return rows
+    room = rows.untyped_storage().nbytes() // rows.element_size() - rows.storage_offset()
+    if rows.is_contiguous() and room >= more * dim:
+        return rows.as_strided((more, dim), (dim, 1))
+    return F.pad(rows, (0, 0, 0, more - total))
 
 
 def _norm(norm: torch.nn.LayerNorm) -> Callable[[Tensor], Tensor]:

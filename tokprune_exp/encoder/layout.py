@@ -15,9 +15,11 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
+
+from tokprune_exp.kernels.linear import rows_to_compute
 
 
 @dataclass
@@ -200,7 +202,7 @@ class Packed:
         alive = self.alive & keep_mask
         index = self.take(alive).nonzero()[:, 0]
         survivors = Packed(self.sequences, alive, self.rows.index_select(0, index))
-        return survivors, lambda tensor: tensor.index_select(0, index)
+        return survivors, lambda tensor: gathered(tensor, index)
 
     def attend(
         self,
@@ -259,6 +261,14 @@ class Packed:
         batch, tokens = self.alive.shape
         sums = hidden.new_zeros(batch, hidden.shape[1]).index_add(0, self.rows // tokens, hidden)
         return sums / self.alive.sum(1, keepdim=True)
+
+
+def gathered(rows: Shaped[Tensor, "total dim"], index: Int[Tensor, " survivors"]) -> Shaped[Tensor, "survivors dim"]:
+    """Copy the rows that are left, on the CPU with memory behind them for the rows that `filled_up` appends."""
+    if rows.requires_grad or not rows.is_cpu:
+        return rows.index_select(0, index)
+    room = rows.new_zeros(rows_to_compute(len(index)), rows.shape[1])
+    return torch.index_select(rows, 0, index, out=room[: len(index)])
 
 
 Layout = Padded | Packed
