@@ -177,7 +177,7 @@ class Packed:
     @cached_property
     def counts(self) -> list[int]:
         """Tokens of each sequence."""
-        return self.alive.sum(1).tolist()
+        return [len(self.rows)] if len(self.alive) == 1 else self.alive.sum(1).tolist()
 
     @cached_property
     def starts(self) -> Int[Tensor, " starts"]:
@@ -201,6 +201,8 @@ class Packed:
         """Return the layout of the survivors and the function that gathers a tensor's survivors."""
         alive = self.alive & keep_mask
         index = self.take(alive).nonzero()[:, 0]
+        if len(index) == len(self.rows):
+            return self, lambda tensor: tensor
         survivors = Packed(self.sequences, alive, self.rows.index_select(0, index))
         return survivors, lambda tensor: gathered(tensor, index)
 
@@ -267,7 +269,8 @@ def gathered(rows: Shaped[Tensor, "total dim"], index: Int[Tensor, " survivors"]
     """Copy the rows that are left, on the CPU with memory behind them for the rows that `filled_up` appends."""
     if rows.requires_grad or not rows.is_cpu:
         return rows.index_select(0, index)
-    room = rows.new_zeros(rows_to_compute(len(index)), rows.shape[1])
+    room = rows.new_empty(rows_to_compute(len(index)), rows.shape[1])
+    room[len(index) :] = 0  # whatever lay there could be no number
     return torch.index_select(rows, 0, index, out=room[: len(index)])
 
 
