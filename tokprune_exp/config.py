@@ -401,8 +401,11 @@ def _out_of_bounds(cfg: DictConfig) -> Iterator[str]:
         yield f"data.train_shorter_than={quantile}: must be a quantile above 0 and below 1 (0.5: the median)"
     if chosen("trainer.precision") not in (None, *PRECISIONS):
         yield f"trainer.precision={chosen('trainer.precision')}: choose from {', '.join(PRECISIONS)}"
-    if chosen("trainer.devices") not in (None, 1, "1"):
-        yield f"trainer.devices={chosen('trainer.devices')}: a run trains on one device; run several jobs instead"
+    devices, strategy = chosen("trainer.devices"), chosen("trainer.strategy")
+    if devices is not None and (not isinstance(devices, int) or isinstance(devices, bool) or devices < 1):
+        yield f"trainer.devices={devices}: must be the number of devices, 1 or more"
+    if strategy not in (None, "auto", "ddp"):
+        yield f"trainer.strategy={strategy}: several devices train by ddp, which needs no strategy to be named"
 
 
 def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:

@@ -3,13 +3,19 @@
 import json
 import logging
 import shutil
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import seed_everything
+import torch
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from tokprune_exp.build import (
@@ -44,24 +50,24 @@ from tokprune_exp.tracking import (
 )
 
 LOGGER = logging.getLogger(__name__)
+LONGEST_WAIT = timedelta(days=1)
+"""Of one device for another: the first one may be waiting for another run that trains what they share."""
 
 
 def run(cfg: DictConfig, directory: Path) -> None:
-    """Train, evaluate, measure and record one configuration in its directory; a run that was killed goes on."""
+    """Train, evaluate, measure and record one configuration in its directory; a run that was killed goes on.
+
+    With several devices this is called once in the process of each; the first one records and measures.
+    """
+    if rank_zero_only.rank:
+        train_beside(cfg, directory)
+        return
     if is_finished(directory, cfg):
         return
     directory.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
     LOGGER.info("run directory: %s", directory)
-    record = RunRecord(
-        directory,
-        method=method_name(cfg),
-        task=cfg.task.name,
-        backbone=cfg.backbone.name,
-        seed=cfg.seed,
-        config_hash=config_hash(cfg),
-        overrides=overrides(),
-    )
+    record = record_of(cfg, directory)
     loggers: list[Logger] = []
     try:
         with record:
@@ -72,6 +78,36 @@ def run(cfg: DictConfig, directory: Path) -> None:
         log_result(loggers, record.result)
         close(loggers, failed=record.result["status"] != "completed")
     print_summary(record.result, directory)
+
+
+def record_of(cfg: DictConfig, directory: Path) -> RunRecord:
+    """Open the record of a run."""
+    return RunRecord(
+        directory,
+        method=method_name(cfg),
+        task=cfg.task.name,
+        backbone=cfg.backbone.name,
+        seed=cfg.seed,
+        config_hash=config_hash(cfg),
+        overrides=overrides(),
+    )
+
+
+def train_beside(cfg: DictConfig, directory: Path) -> None:
+    """Train on another device than the first one, whose process records the run; nothing is said and written here."""
+    quieten_lightning()
+    logging.getLogger("tokprune_exp").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as scratch:
+        train_and_measure(cfg, directory, record_of(cfg, Path(scratch)), [])
+
+
+def build_trainer(cfg: DictConfig, **settings: Any) -> Trainer:
+    """Build a Trainer; with several devices each has the whole model and a share of the batches."""
+    if cfg.trainer.devices > 1:  # a stage trains parts of the model, and no loss need reach all of them
+        settings["strategy"] = DDPStrategy(find_unused_parameters=True, timeout=LONGEST_WAIT)
+    trainer = instantiate(cfg.trainer)(**settings)
+    assert isinstance(trainer, Trainer)
+    return trainer
 
 
 def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, loggers: list[Logger]) -> None:
@@ -96,7 +132,7 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
     precision = resolve_precision(cfg.trainer.precision, accelerator)
     LOGGER.info("training on %s in %s", accelerator, precision)
     record.update(hardware={"accelerator": accelerator, "precision": precision})
-    trainer = partial(instantiate(cfg.trainer), accelerator=accelerator, precision=precision)
+    trainer = partial(build_trainer, cfg, accelerator=accelerator, precision=precision)
     for stage in method.stages():
         seed_everything(cfg.seed, workers=True, verbose=False)  # whatever was trained, loaded or resumed before
         if stage.name == "teacher" and cfg.shared_dir is not None:
@@ -105,6 +141,10 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
             epochs = min(stage.epochs, 1) * (cfg.epochs or stage.epochs)  # a stage without training stays without
             with model.encoder.compiled() if cfg.compile else nullcontext():
                 run_stage(replace(stage, epochs=epochs), stage.data or data, trainer, loggers, directory)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if rank_zero_only.rank:
+        return
 
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)
     if method.dense is not None and cfg.teacher.path is None:  # trained here, and of use to other runs: teacher.path

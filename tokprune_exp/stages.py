@@ -4,10 +4,14 @@ checkpoints/<stage>/last.ckpt           written after every epoch; a killed run 
 checkpoints/<stage>/best.ckpt           the epoch with the best metric on the selection slice
 checkpoints/<stage>/findings.json       what the stage found out besides its weights
 checkpoints/<stage>/weights.safetensors the chosen weights; that it exists means that the stage is done
+
+With several devices Lightning starts this command once more for each other one when the first stage is fitted. All of
+them walk through the same stages; the first process alone waits for other runs, decides and writes.
 """
 
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,14 +38,6 @@ def run_stage(
     folder = directory / "checkpoints" / stage.name
     weights = folder / "weights.safetensors"
     stage.module.prefix = stage.name
-    if weights.is_file():
-        _forget_checkpoints(folder)
-        LOGGER.info("stage %s: done before, weights from %s", stage.name, weights)
-        stage.module.model.load_state_dict(load_file(weights))
-        found = folder / "findings.json"
-        stage.module.findings.update(json.loads(found.read_text()) if found.is_file() else {})
-        return
-
     metric = f"{stage.name}/selection_{stage.chooses_by or stage.module.metrics[0]}"
     mode = "max" if stage.chooses_by is None else "min"
     best = ModelCheckpoint(
@@ -59,30 +55,44 @@ def run_stage(
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    if trainer.strategy.broadcast(weights.is_file()):
+        if trainer.is_global_zero:
+            _forget_checkpoints(folder)
+        LOGGER.info("stage %s: done before, weights from %s", stage.name, weights)
+        stage.module.model.load_state_dict(load_file(weights))
+        found = folder / "findings.json"
+        stage.module.findings.update(json.loads(found.read_text()) if found.is_file() else {})
+        return
+
     if stage.before is not None:
         stage.before(data, trainer.strategy.root_device)
     shared = None if stage.shared is None else stage.shared(data, trainer)
-    with nullcontext() if shared is None else only_one(shared[0]):  # of the runs that share it trains it, others wait
-        if shared is not None and shared[0].is_file():
+    # of the runs that share it one trains it, the others wait
+    with nullcontext() if shared is None or not trainer.is_global_zero else only_one(shared[0]):
+        if shared is not None and trainer.strategy.broadcast(shared[0].is_file()):
             LOGGER.info("stage %s: trained by an earlier run, weights from %s", stage.name, shared[0])
             shared[1].load_state_dict(load_file(shared[0]))
         elif stage.epochs:
             train(stage, trainer, data, folder)
             LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
-            if shared is not None:
+            if shared is not None and trainer.is_global_zero:
                 save_weights(shared[1], shared[0])
     stage.module.cpu()
-    write_json(folder / "findings.json", stage.module.findings)
-    save_weights(stage.module.model, weights)
-    _forget_checkpoints(folder)
+    if trainer.is_global_zero:
+        write_json(folder / "findings.json", stage.module.findings)
+        save_weights(stage.module.model, weights)
+        _forget_checkpoints(folder)
 
 
 def train(stage: Stage, trainer: Trainer, data: TaskData, folder: Path) -> None:
     """Fit the module, from where an earlier process left it, and give it the weights of the epoch that counts."""
     stage.module.train()
+    # every device validates the whole selection slice, so that what they log is the same
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
     trainer.fit(stage.module, data, ckpt_path=_reached(folder / "last.ckpt", stage.name), weights_only=True)
     chosen = torch.load(folder / f"{stage.keeps}.ckpt", map_location="cpu", weights_only=True)
     stage.module.load_state_dict(chosen["state_dict"])
+    trainer.strategy.barrier()  # the first process deletes the checkpoint when all have read it
 
 
 def save_weights(module: nn.Module, file: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.tokenise import EncodedSplit
+from tokprune_exp.errors import UserError
 
 WINDOW = 50
 """Batches within which examples are sorted by length: enough to save padding, few enough to keep batches random."""
@@ -28,6 +29,24 @@ def length_grouped_batches(lengths: Int[Tensor, " examples"], batch_size: int, s
         for batch in window[lengths[window].argsort(stable=True)].split(batch_size)
     ]
     return [batches[place] for place in random.permutation(len(batches))]
+
+
+def share_of(batches: list[Tensor], rank: int, devices: int) -> list[Tensor]:
+    """The batches of one of several devices: `rank`, `rank` + `devices` and so on.
+
+    Each gets as many as every other, since a device without a batch would keep the others waiting: up to `devices` − 1
+    batches are left out, others in every epoch.
+
+    Raises:
+        UserError: there are fewer batches than devices.
+    """
+    each = len(batches) // devices
+    if not each:
+        raise UserError(
+            f"trainer.devices={devices}, but training has {len(batches)} batches only: choose fewer devices, or a "
+            f"smaller data.batch_size"
+        )
+    return batches[rank : each * devices : devices]
 
 
 def sorted_batches(lengths: Int[Tensor, " examples"], batch_size: int) -> list[Tensor]:

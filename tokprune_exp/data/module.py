@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tokprune_exp.data.batches import BatchLoader, length_grouped_batches, sorted_batches
+from tokprune_exp.data.batches import BatchLoader, length_grouped_batches, share_of, sorted_batches
 from tokprune_exp.data.sources import SourceSettings, count_known, load_source, texts_of
 from tokprune_exp.data.task import Task
 from tokprune_exp.data.tokenise import EncodedSplit, encode_texts
@@ -96,15 +96,19 @@ class TaskData(LightningDataModule):
         return Path(self.settings.cache).expanduser()
 
     def train_dataloader(self) -> BatchLoader:
-        """Every training example once, in batches of similar length, ordered by the seed and the current epoch."""
+        """Every training example once, in batches of similar length, ordered by the seed and the current epoch.
+
+        With several devices each has a share of the same batches.
+        """
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         settings = self.settings
-        return BatchLoader(
-            self.train, length_grouped_batches(self.train.lengths, settings.batch_size, settings.seed, epoch)
-        )
+        batches = length_grouped_batches(self.train.lengths, settings.batch_size, settings.seed, epoch)
+        if self.trainer is not None:
+            batches = share_of(batches, self.trainer.global_rank, self.trainer.world_size)
+        return BatchLoader(self.train, batches)
 
     def val_dataloader(self) -> BatchLoader:
-        """The selection slice, by which an epoch is chosen; never the split that is reported."""
+        """The selection slice, by which an epoch is chosen; never the split that is reported. Whole on every device."""
         return self.in_order(self.selection)
 
     def evaluation_batches(self) -> BatchLoader:
