@@ -28,7 +28,7 @@ FLOORS = [
     ["tracking", "stages", "measure.report"],
     ["build"],
     ["run", "curves", "analysis", "serving", "examples", "dashboard", "bench"],
-    ["predict"],
+    ["predict", "analyze"],
     ["__main__"],
 ]
 """From below to above; a module belongs to the longest of the names that it begins with."""

@@ -140,6 +140,16 @@ def test_a_directory_of_another_format_is_a_user_error(
             load_model(tmp_path / name)
 
 
+def test_a_budget_that_was_held_in_another_way_is_a_user_error(
+    random_classifier: Build, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = random_classifier(TokenSaliency, AdaptiveRatio)
+    model.pruning.retainer.knob.fill_(-19.9)
+    save_model(tmp_path, model, CARD, tiny_tokenizer)
+    with pytest.raises(UserError, match="was trained by an earlier version, whose budgets were held in another way"):
+        load_model(tmp_path)
+
+
 def test_without_a_pruning_nothing_but_the_first_position_is_protected(
     random_classifier: Build, ragged_batch: Build
 ) -> None:

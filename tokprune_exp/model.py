@@ -210,13 +210,17 @@ def load_model(directory: Path) -> tuple[PrunedClassifier, ModelCard]:
     shape = EncoderShape(**config["encoder"])
     pruning = None
     if config["pruning"] is not None:
-        scorer, retainer = (dict(config["pruning"][kind]) for kind in ("scorer", "retainer"))
+        scores, retains = (dict(config["pruning"][kind]) for kind in ("scorer", "retainer"))
         pruning = Pruning(
-            SCORERS[scorer.pop("type")](shape.dim, **scorer),
-            RETAINERS[retainer.pop("type")](shape.dim, shape.layers, **retainer),
+            SCORERS[scores.pop("type")](shape.dim, **scores),
+            RETAINERS[retains.pop("type")](shape.dim, shape.layers, **retains),
         )
     model = PrunedClassifier(PrunedEncoder(shape), Head(shape.dim, **config["head"]), pruning, config["separator"])
     model.load_state_dict(load_file(directory / "model.safetensors"))
+    retainer = None if model.pruning is None else model.pruning.retainer
+    ends = None if retainer is None else retainer.knob_ends
+    if retainer is not None and ends is not None and not min(ends) <= float(retainer.knob) <= max(ends):
+        raise UserError(f"{directory} was trained by an earlier version, whose budgets were held in another way")
     return model.eval(), ModelCard(**config["card"])
 
 

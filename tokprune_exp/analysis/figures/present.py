@@ -1,0 +1,62 @@
+"""Everything that shows an analysis: the figures of each model, one page of all of them, and a W&B run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tokprune_exp.analysis.figures.draw import draw_all
+from tokprune_exp.analysis.page import SENTENCES, read_models, write_page
+from tokprune_exp.errors import UserError
+
+COMPARED = "compare"
+"""The folder of an analysis that holds those of the models that it was compared with."""
+
+
+def present(
+    directory: Path, wandb: str = "offline", sentences: int = SENTENCES, say: Callable[[str], object] = print
+) -> list[Path]:
+    """Write `figures/*.png` of every model, `page.html` and, unless `wandb` is none, a W&B run; returns their paths.
+
+    What is left out is said by `say`.
+
+    Raises:
+        UserError: the directory holds no analysis, or W&B starts no run.
+    """
+    models = models_of(directory)
+    written = [
+        file
+        for model, folder in models.items()
+        for file in draw_all(folder, lambda words, model=model: say(f"{model}: {words}"))  # type: ignore[misc]
+    ]
+    about = json.loads((directory / "about.json").read_text("utf-8"))
+    rows = read_models(models, sentences)
+    page = directory / "page.html"
+    shown = len(rows[0].examples)
+    note = f"{shown} of the {about['examples']:,} texts of the {about['split']} split that were analysed, some wrongly "
+    write_page(page, rows, f"What was kept: {about['task']}", note + "answered ones first among them.")
+    written.append(page)
+    if wandb != "none":
+        from tokprune_exp.analysis.figures.wandb_run import log_to_wandb  # Lightning: seconds
+
+        figures = [file for file in written if file.parent == directory / "figures"]
+        run = log_to_wandb(directory, page, figures, offline=wandb == "offline")
+        written += [run] if run else []
+    return written
+
+
+def models_of(directory: Path) -> dict[str, Path]:
+    """The analyses in a directory by the name of the model: its own, and those that it is compared with.
+
+    Raises:
+        UserError: there is no analysis.
+    """
+    if not (directory / "about.json").is_file():
+        raise UserError(
+            f"{directory} holds no about.json: name a directory that `python -m tokprune_exp.analyze MODEL_DIR` wrote"
+        )
+    folders = [directory, *sorted(path.parent for path in (directory / COMPARED).glob("*/about.json"))]
+    found: dict[str, Path] = {}
+    for folder in folders:
+        method = json.loads((folder / "about.json").read_text("utf-8"))["model"]["method"]
+        found[method if method not in found else f"{method} ({folder.name})"] = folder
+    return found
