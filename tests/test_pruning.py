@@ -20,6 +20,7 @@ from tokprune_exp.encoder.layout import Padded, Sequences
 from tokprune_exp.encoder.pretrained import load_backbone
 from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.head import Head
+from tokprune_exp.measure.evaluation import check_flops
 from tokprune_exp.model import ClassifierOutput, PrunedClassifier
 from tokprune_exp.pruning.pruning import RETAINERS, SCORERS, Prescribed, Pruning
 from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, RandomRatio, StaticRatio
@@ -584,3 +585,8 @@ def test_a_gate_temperature_lets_the_task_teach_the_scorer_and_changes_no_value(
 def test_a_gate_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"retainer\.gate_temperature=0"):
         StaticRatio(8, 4, gate_temperature=0.0)
+
+
+def test_fvcore_counts_what_chose_even_where_nothing_goes(random_classifier: Build, ragged_batch: Build) -> None:
+    model = random_classifier(TokenSaliency, partial(StaticRatio, ratio=1.0))
+    assert check_flops(model, [ragged_batch(model, lengths) for lengths in ([23], [11, 1, 7])]) == 2

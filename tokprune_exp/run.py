@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from tokprune_exp.build import (
@@ -59,7 +59,7 @@ def run(cfg: DictConfig, directory: Path) -> None:
 
     With several devices this is called once in the process of each; the first one records and measures.
     """
-    if rank_zero_only.rank:
+    if not is_first_process():
         train_beside(cfg, directory)
         return
     if is_finished(directory, cfg):
@@ -93,6 +93,11 @@ def record_of(cfg: DictConfig, directory: Path) -> RunRecord:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this process records the run; with several devices there is one for each of them."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def train_beside(cfg: DictConfig, directory: Path) -> None:
     """Train on another device than the first one, whose process records the run; nothing is said and written here."""
     quieten_lightning()
@@ -103,7 +108,7 @@ def train_beside(cfg: DictConfig, directory: Path) -> None:
 
 def build_trainer(cfg: DictConfig, **settings: Any) -> Trainer:
     """Build a Trainer; with several devices each has the whole model and a share of the batches."""
-    if cfg.trainer.devices > 1:  # a stage trains parts of the model, and no loss need reach all of them
+    if (cfg.trainer.devices or 1) > 1:  # a stage trains parts of the model, and no loss need reach all of them
         settings["strategy"] = DDPStrategy(find_unused_parameters=True, timeout=LONGEST_WAIT)
     trainer = instantiate(cfg.trainer)(**settings)
     assert isinstance(trainer, Trainer)
@@ -143,7 +148,7 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
                 run_stage(replace(stage, epochs=epochs), stage.data or data, trainer, loggers, directory)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if rank_zero_only.rank:
+    if not is_first_process():
         return
 
     save_model(directory / "model", model, model_card(cfg), backbone.tokenizer)

@@ -16,7 +16,10 @@ from tokprune_exp.errors import UserError
 LARGEST = 10_000_000
 """Bytes of a result.json; a record has some thousand."""
 
-NO_SETTINGS = ("method", "task", "backbone", "scorer", "retainer", "seed", "run_dir", "overwrite", "tags", "logger")
+NO_SETTINGS = (
+    *("method", "task", "backbone", "scorer", "retainer", "seed"),
+    *("run_dir", "shared_dir", "overwrite", "tags", "logger", "sweep"),
+)
 NO_SETTINGS_BELOW = (
     *("logger.", "hydra.", "measure.", "data.root", "data.cache", "backbone.weights_root"),
     "trainer.enable_progress_bar",

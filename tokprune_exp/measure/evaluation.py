@@ -125,10 +125,11 @@ class GatheredForward(nn.Module):
         input_ids: Int[Tensor, "batch tokens"],
         token_type_ids: Int[Tensor, "batch tokens"],
         valid: Tensor,
-    ) -> Float[Tensor, "batch outputs"]:
-        """Classify; labels play no part."""
+    ) -> tuple[Tensor, ...]:
+        """Classify; labels play no part. Importances are put out too, else a tracer leaves out what made a plan."""
         nothing = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-        return self.model(Batch(input_ids, token_type_ids, valid, nothing, nothing), "gathered").logits
+        output = self.model(Batch(input_ids, token_type_ids, valid, nothing, nothing), "gathered")
+        return output.logits, *(decision.importance for decision in output.trace.decisions)
 
 
 @torch.no_grad()

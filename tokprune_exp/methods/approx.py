@@ -93,7 +93,7 @@ class ApproxDistillation(PruningModule):
             self.approx.settings(),
             {"patience": self.patience, "hidden": self.hidden, "predicts": self.predicts},
             [trainer.max_epochs, trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.precision],
-            str(trainer.limit_train_batches),
+            [str(trainer.limit_train_batches), trainer.world_size],
             {
                 "seed": data.settings.seed,
                 "batch_size": data.settings.batch_size,
