@@ -80,9 +80,13 @@ def test_every_file_is_written_and_named_on_the_screen(analysed):
     expected = {f"{name}.csv" for name in TABLES} | {"tokens.parquet", "examples.parquet", "states.safetensors"}
     expected |= {"claims.json", "about.json"}
     for folder in (out, out / "compare" / "random"):
-        assert {path.name for path in folder.iterdir() if path.is_file()} - {"comparison.csv"} == expected
+        assert {path.name for path in folder.iterdir() if path.is_file()} - {"comparison.csv", "page.html"} == expected
+        assert (folder / "figures" / "retention_by_word_class.png").is_file()
+    assert (out / "page.html").is_file()
     listed = {line.strip() for line in printed.split("Written:")[1].splitlines() if line.strip()}
-    assert listed == {str(path) for path in out.rglob("*") if path.is_file()}
+    files = {str(path) for path in out.rglob("*") if path.is_file() and "wandb" not in path.parts}
+    (run,) = listed - files
+    assert files <= listed and Path(run).is_dir() and Path(run).parent.name == "wandb"
     assert "Words read by the last layer" in printed and "Domain terms forced to stay or to leave" in printed
 
 

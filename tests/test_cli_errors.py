@@ -42,7 +42,7 @@ def command(monkeypatch, tmp_path, capsys):
             ["metod: there is no such group; did you mean +method=adtp?", "no method is chosen; choose one: "],
         ),
         ("method=adtp", ["method is added, not replaced: write +method=adtp | finetune"]),
-        ("sweep=nope", ["sweep is added, not replaced: write +sweep=adtp_ratios | adtp_retainers"]),
+        ("sweep=nope", ["sweep is added, not replaced: write +sweep=adtp_alpha | adtp_beta"]),
         ("+method=adtp +task=rte", ["task is chosen already; to replace it, write task=NAME without +"]),
         ("+method=nope", ["method=nope: there is no such method; available: adtp, finetune"]),
         (
@@ -65,7 +65,7 @@ def command(monkeypatch, tmp_path, capsys):
         ("+method=adtp task", ["task: cannot be read; write key=value, group=option or +method=NAME"]),
         ("+method=finetune scorer=random", ["finetune takes no scorer"]),
         ("scorer=random", [f"scorer is chosen, but no method that takes one; choose one: {METHODS}"]),
-        ("+sweep=nope", ["sweep=nope: there is no such sweep; available: adtp_ratios, adtp_retainers"]),
+        ("+sweep=nope", ["sweep=nope: there is no such sweep; available: adtp_alpha, adtp_beta"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(command, arguments, lines):
