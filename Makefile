@@ -8,10 +8,10 @@ SWEEP ?=
 BENCH_RUN := outputs/bench_model
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench curves clean
+.PHONY: help setup demo test lint bench curves notebooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with everything that running and testing needs, once
 
@@ -38,6 +38,9 @@ bench: setup  ## measure the speed of a trained model: make bench [MODEL=directo
 
 curves: setup  ## draw accuracy against FLOPs: make curves SWEEP=multirun/NAME
 	$(RUN) -m tokprune_exp.curves $(SWEEP)
+
+notebooks: setup  ## execute every notebook
+	$(RUN) -m pytest tests/test_notebooks.py -rs
 
 clean:  ## remove the environment and the caches, but no results
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -344,6 +344,13 @@ def test_page_figures_and_tables_lie_in_one_offline_run(directory, tmp_path, mon
     assert run.artifacts == []
 
 
+def test_without_matplotlib_the_page_is_written_and_the_figures_are_said_to_be_missing(directory, monkeypatch):
+    without_package(monkeypatch, present, "matplotlib")
+    said = []
+    assert [path.name for path in present.present(directory, wandb="none", say=said.append)] == ["page.html"]
+    assert said == ["figures left out: the package matplotlib is not installed: pip install 'tokprune_exp[analysis]'"]
+
+
 def test_every_model_of_a_comparison_has_its_figures_and_a_column_on_the_page(directory, tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "FIGURES", {"thresholds": draw.FIGURES["thresholds"]})
     both = tmp_path / "both"

@@ -70,7 +70,7 @@ def tokens_of(text, survived=None, example=0, number=0, layers=2, piece=0, speci
 def example_of(*texts, example=0, label="good", predicted="good", probability=0.9):
     correct = None if isinstance(label, float) else label == predicted
     answer = {"label": label, "predicted": predicted, "correct": correct, "probability": probability}
-    return {"example": example, "texts": list(texts), **answer}
+    return {"example": example, "texts": list(texts), "tokens_kept": [3, 2], "length": 4, **answer}
 
 
 def shown(*models, title="title", note=""):
@@ -180,7 +180,7 @@ def test_the_policy_lets_the_page_run_its_own_script_and_load_nothing():
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = read.meta["Content-Security-Policy"]
     assert policy == f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
-    assert "http" not in re.sub("http-equiv", "", read.html) and "src" not in read.attributes | {"href"} - {"href"}
+    assert "http" not in read.html.replace("http-equiv", "") and not {"src", "href"} & read.attributes
 
 
 def test_a_token_is_gone_from_the_layer_on_that_drops_it():
@@ -295,6 +295,16 @@ def test_as_many_sentences_as_asked_are_chosen_where_there_are(tmp_path, number,
     (rows,) = read_models({"m": write_analysis(tmp_path / "m", list(map(str, range(20))), answers)}, number)
     outcomes = [example["correct"] for example in rows.examples]
     assert (outcomes.count(False), outcomes.count(True)) == (wrong, right)
+
+
+def test_of_long_texts_fewer_are_shown(tmp_path, monkeypatch):
+    one = write_analysis(tmp_path / "one", list(map(str, range(20))), [1] * 20)
+    two = write_analysis(tmp_path / "two", list(map(str, range(20))), [1] * 20)
+    monkeypatch.setattr("tokprune_exp.analysis.page.MOST_DRAWN", 50)  # 4 tokens in 2 layers of 2 models: 16 each
+    assert len(read_models({"one": one, "two": two})[0].examples) == 3
+    assert len(read_models({"one": one})[0].examples) == 6
+    monkeypatch.setattr("tokprune_exp.analysis.page.MOST_DRAWN", 1)
+    assert len(read_models({"one": one})[0].examples) == 1
 
 
 def test_a_directory_without_tables_and_models_without_a_common_text_are_refused(tmp_path):

@@ -16,6 +16,8 @@ from tokprune_exp.errors import UserError
 
 SENTENCES = 24
 """Shown where nobody says how many."""
+MOST_DRAWN = 150_000
+"""Tokens times rows on a page, about; of long texts fewer are shown, so that the page stays at some three megabytes."""
 SUMMARY = 110
 """Characters of a text that stand for it while it is folded away."""
 LONG = 60
@@ -69,7 +71,8 @@ def read_models(directories: Mapping[str, Path], number: int = SENTENCES) -> lis
     """Read up to `number` sentences that every model was asked; `directories` maps a model's name to its analysis.
 
     A third of them are sentences that some model got wrong, where there are as many; both parts in the order of the
-    first model's split. Nothing else of the tables is read.
+    first model's split. There are fewer where texts are so long that the page would exceed `MOST_DRAWN`. Nothing else
+    of the tables is read.
 
     Raises:
         UserError: a table is missing, or no sentence is in all of them.
@@ -78,6 +81,9 @@ def read_models(directories: Mapping[str, Path], number: int = SENTENCES) -> lis
     shared = [texts for texts in next(iter(asked.values())) if all(texts in examples for examples in asked.values())]
     if not shared:
         raise UserError(f"no sentence was asked of all of {', '.join(directories)}: analyse them on the same split")
+    costs = [len(one["tokens_kept"]) * one["length"] for examples in asked.values() for one in examples.values()]
+    fitting = MOST_DRAWN / (len(asked) * sum(costs) / len(costs))
+    number = max(1, min(number, int(fitting)))
     wrong = [texts for texts in shared if any(examples[texts]["correct"] is False for examples in asked.values())]
     wrong = wrong[: max(number // 3, number - (len(shared) - len(wrong)))]
     right = [texts for texts in shared if all(examples[texts]["correct"] is not False for examples in asked.values())]
@@ -170,7 +176,7 @@ def _sentence(texts: tuple[str, ...], shown: Sequence[tuple[str, Row, list[Row]]
     beginning = beginning if len(beginning) <= SUMMARY and len(text) <= 4 * SUMMARY else f"{beginning[:SUMMARY]}…"
     beginning = beginning or "(an empty text)"
     gold = _answer(shown[0][1]["label"])
-    marks = " ".join(_mark(example) for _, example, _ in shown)
+    marks = " ".join(_mark(example, model) for model, example, _ in shown)
     sheets = "".join(_sheet(texts, *each) for each in shown)
     return (
         f'<details><summary><bdi dir="auto">{_safe(beginning)}</bdi> <span class="gold">{_safe(gold)}</span> {marks}'
@@ -178,10 +184,11 @@ def _sentence(texts: tuple[str, ...], shown: Sequence[tuple[str, Row, list[Row]]
     )
 
 
-def _mark(example: Row) -> str:
+def _mark(example: Row, model: str) -> str:
     if example["correct"] is None:
         return ""
-    return '<span class="right">✓</span>' if example["correct"] else '<span class="wrong">✗</span>'
+    kind, mark = ("right", "✓") if example["correct"] else ("wrong", "✗")
+    return f'<span class="{kind}" title="{_safe(model)}">{mark}</span>'
 
 
 def _sheet(texts: tuple[str, ...], model: str, example: Row, tokens: list[Row]) -> str:
@@ -204,7 +211,7 @@ def _sheet(texts: tuple[str, ...], model: str, example: Row, tokens: list[Row]) 
     data = json.dumps(_hover(units), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<section class="sheet{" long" if len(tokens) > LONG else ""}"><h2>{_safe(model)}</h2>'
-        f'<p class="note">{_mark(example)} predicted <b>{_safe(answer)}</b>{sure}; '
+        f'<p class="note">{_mark(example, model)} predicted <b>{_safe(answer)}</b>{sure}; '
         f"label {_safe(_answer(example['label']))}<br>{left[0]} tokens{cut}; behind the layers {kept}</p>"
         f'{"".join(rows)}<script type="application/json">{data}</script></section>'
     )

@@ -32,7 +32,9 @@ def read_arguments(given: Sequence[str]) -> argparse.Namespace:
         description="Draw the figures, the page and the W&B run of an analysis from its tables.",
     )
     parser.add_argument("directory", type=Path, metavar="ANALYSIS_DIR", help="what tokprune_exp.analyze wrote")
-    parser.add_argument("--sentences", type=positive, default=24, metavar="N", help="on the page (default: 24)")
+    parser.add_argument(
+        "--sentences", type=positive, default=24, metavar="N", help="at most, on the page (default: 24)"
+    )
     parser.add_argument("--wandb", choices=["offline", "online", "none"], default="offline")
     return parser.parse_args(given)
 

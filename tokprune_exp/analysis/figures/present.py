@@ -1,10 +1,10 @@
 """Everything that shows an analysis: the figures of each model, one page of all of them, and a W&B run."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tokprune_exp.analysis.figures.draw import draw_all
 from tokprune_exp.analysis.page import SENTENCES, read_models, write_page
 from tokprune_exp.errors import UserError
 
@@ -23,17 +23,23 @@ def present(
         UserError: the directory holds no analysis, or W&B starts no run.
     """
     models = models_of(directory)
-    written = [
-        file
-        for model, folder in models.items()
-        for file in draw_all(folder, lambda words, model=model: say(f"{model}: {words}"))  # type: ignore[misc]
-    ]
+    written: list[Path] = []
+    if importlib.util.find_spec("matplotlib") is None:
+        say("figures left out: the package matplotlib is not installed: pip install 'tokprune_exp[analysis]'")
+    else:
+        from tokprune_exp.analysis.figures.draw import draw_all
+
+        for model, folder in models.items():
+            written += draw_all(folder, lambda words, model=model: say(f"{model}: {words}"))  # type: ignore[misc]
     about = json.loads((directory / "about.json").read_text("utf-8"))
     rows = read_models(models, sentences)
     page = directory / "page.html"
     shown = len(rows[0].examples)
-    note = f"{shown} of the {about['examples']:,} texts of the {about['split']} split that were analysed, some wrongly "
-    write_page(page, rows, f"What was kept: {about['task']}", note + "answered ones first among them.")
+    note = (
+        f"{shown} of the {about['examples']:,} texts of the {about['split']} split that were analysed. A third of them "
+        "are such that some model answered wrongly, where there were as many."
+    )
+    write_page(page, rows, f"What was kept: {about['task']}", note)
     written.append(page)
     if wandb != "none":
         from tokprune_exp.analysis.figures.wandb_run import log_to_wandb  # Lightning: seconds
