@@ -34,7 +34,7 @@ lint: setup  ## style, format and types
 
 bench: setup  ## measure the speed of a trained model: make bench [MODEL=directory]
 	test -n "$(MODEL)" || $(RUN) -m tokprune_exp +method=ltp task=rotten_tomatoes trainer=smoke logger=none run_dir=$(BENCH_RUN)
-	$(RUN) -m tokprune_exp.bench $(or $(MODEL),$(BENCH_RUN)/model) --reductions 2.1 4
+	$(RUN) -m tokprune_exp.bench $(or $(MODEL),$(BENCH_RUN)/model) --reductions 2.1 4 --examples 128 --rounds 3
 
 curves: setup  ## draw accuracy against FLOPs: make curves SWEEP=multirun/NAME
 	$(RUN) -m tokprune_exp.curves $(SWEEP)
