@@ -31,7 +31,11 @@ def assert_gathered_equals_masked(model: PrunedClassifier, batch: Batch) -> Prun
     with torch.no_grad():
         masked, gathered = model(batch), model(batch, "gathered")
     torch.testing.assert_close(gathered.logits, masked.logits, atol=1e-5, rtol=0)
-    for ours, theirs in zip(gathered.trace.layers, masked.trace.layers, strict=True):
-        for kind in ("keys", "queries", "outputs"):
-            assert torch.equal(getattr(ours, kind), getattr(theirs, kind))
+    assert_same_tokens(gathered.trace, masked.trace)
     return gathered.trace
+
+
+def assert_same_tokens(ours: PruningTrace, theirs: PruningTrace) -> None:
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        for kind in ("keys", "queries", "outputs"):
+            assert torch.equal(getattr(one, kind), getattr(other, kind))

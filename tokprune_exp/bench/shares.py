@@ -15,6 +15,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -179,19 +180,18 @@ class WatchedPass:
 @contextmanager
 def watched_layout(watch: Watch) -> Iterator[None]:
     """Within this block the time of gathering, and of bringing scores onto the grid, is added to the watch."""
-    keep, to_grid = Packed.keep, Packed.to_grid
+    keep = Packed.keep
 
     def timed_keep(*args: Any) -> tuple[Packed, Callable[[Tensor], Tensor]]:
         survivors, gather = keep(*args)
         _ = survivors.starts  # every attention reads it, so it belongs to gathering
         return survivors, watch.around("gathering", gather)
 
-    Packed.keep = watch.around("gathering", timed_keep)  # type: ignore[method-assign]
-    Packed.to_grid = watch.around("onto the grid", to_grid)  # type: ignore[method-assign]
-    try:
+    with (
+        patch.object(Packed, "keep", watch.around("gathering", timed_keep)),
+        patch.object(Packed, "to_grid", watch.around("onto the grid", Packed.to_grid)),
+    ):
         yield
-    finally:
-        Packed.keep, Packed.to_grid = keep, to_grid  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tokprune_exp.analysis.page import SENTENCES, read_models, write_page
@@ -30,7 +31,7 @@ def present(
         from tokprune_exp.analysis.figures.draw import draw_all
 
         for model, folder in models.items():
-            written += draw_all(folder, lambda words, model=model: say(f"{model}: {words}"))  # type: ignore[misc]
+            written += draw_all(folder, partial(say_of, model, say))
     about = json.loads((directory / "about.json").read_text("utf-8"))
     rows = read_models(models, sentences)
     page = directory / "page.html"
@@ -48,6 +49,11 @@ def present(
         run = log_to_wandb(directory, page, figures, offline=wandb == "offline")
         written += [run] if run else []
     return written
+
+
+def say_of(model: str, say: Callable[[str], object], words: str) -> None:
+    """Say something of one of several models."""
+    say(f"{model}: {words}")
 
 
 def models_of(directory: Path) -> dict[str, Path]:
