@@ -95,6 +95,7 @@ def test_without_any_fast_part_the_answer_is_the_same(random_classifier, ragged_
     """As on a machine without a compiler and without oneDNN."""
     model = random_classifier(AttentionMass, LearnedThreshold, heads=2)
     monkeypatch.setattr(fast, "attention_for", lambda head_dim, device: lambda longest: attend_in_loop)
+    monkeypatch.setattr(fast, "compiled_selection", lambda: None)
     monkeypatch.setattr("tokprune_exp.kernels.linear.fastest_product", lambda dtype: PlainProduct)
     ready = model.for_inference()
     assert ready.encoder.layers[0].attention_up_to(40) is attend_in_loop

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tokprune_exp.kernels import attention, linear
+from tokprune_exp.kernels import attention, compiler, linear, selection
 from tokprune_exp.kernels.attention import HEAD_DIMS, CompiledAttention, attend_in_loop, attention_for
 from tokprune_exp.kernels.linear import PackedProduct, PlainProduct, fastest_product, product_of, rows_to_compute
+from tokprune_exp.kernels.selection import Bar, CompiledSelection, compiled_selection
 
 COUNTS = [1, 2, 7, 31, 32, 33, 64, 65, 200]
 HEADS = 3
@@ -152,18 +153,18 @@ def fresh_cache(tmp_path, monkeypatch):
 
 
 def test_it_is_built_once_and_found_again(compiled, fresh_cache, monkeypatch):
-    library = attention._built()
+    library = compiler._built(attention.SOURCE)
     assert [file.name for file in fresh_cache.iterdir()] == [library.name]
     written = library.stat().st_mtime_ns
-    assert attention._built() == library and library.stat().st_mtime_ns == written
-    monkeypatch.setattr(attention, "FLAGS", [*attention.FLAGS, "-DOTHER"])
-    assert attention._built() != library
+    assert compiler._built(attention.SOURCE) == library and library.stat().st_mtime_ns == written
+    monkeypatch.setattr(compiler, "FLAGS", [*compiler.FLAGS, "-DOTHER"])
+    assert compiler._built(attention.SOURCE) != library
 
 
 def test_without_a_compiler_the_plain_loop_serves(fresh_cache, monkeypatch):
-    monkeypatch.setattr(attention.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
-    assert attention.compiled_attention.__wrapped__() is None
+    assert attention.compiled_attention.__wrapped__() is None and compiled_selection.__wrapped__() is None
     monkeypatch.setattr(attention, "compiled_attention", lambda: None)
     assert attention_for(32, torch.device("cpu"))(40) is attend_in_loop
 
@@ -172,7 +173,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(compiled, fresh_cache, monk
     (tmp_path / "wrong.cpp").write_text("this is no program")
     monkeypatch.setattr(attention, "SOURCE", tmp_path / "wrong.cpp")
     with pytest.raises(subprocess.CalledProcessError):
-        attention._built()
+        compiler._built(attention.SOURCE)
     assert list(fresh_cache.iterdir()) == []
     assert attention.compiled_attention.__wrapped__() is None
 
@@ -195,8 +196,67 @@ def test_heads_of_other_sizes_take_the_plain_loop():
 
 
 def test_building_needs_no_torch_headers():
-    """The library speaks plain C, so a new version of PyTorch needs no new build."""
-    assert "torch" not in attention.SOURCE.read_text()
+    """The libraries speak plain C, so a new version of PyTorch needs no new build."""
+    assert not any("torch" in source.read_text() for source in (attention.SOURCE, selection.SOURCE))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+@pytest.fixture(scope="module")
+def selecting(compiled) -> CompiledSelection:
+    built = compiled_selection()
+    assert built is not None
+    return built
+
+
+@pytest.mark.parametrize("norm", [0, 128])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_compiled_choice_is_that_of_a_plain_loop(selecting, norm, share):
+    generator = torch.Generator().manual_seed(1)
+    width = max(COUNTS) + 3
+    received = torch.rand(sum(COUNTS), generator=generator)
+    columns = [torch.randperm(width, generator=generator)[:count].sort().values for count in COUNTS]
+    places = torch.cat([row * width + column for row, column in enumerate(columns)])
+    protected = torch.zeros(len(COUNTS), width, dtype=torch.bool)
+    protected[:, 0] = True
+    protected.flatten()[places[::11]] = True
+    scaled, owner = [], [row for row, count in enumerate(COUNTS) for _ in range(count)]
+    for value, row in zip(received, owner, strict=True):
+        scaled.append(value / (norm or COUNTS[row]))
+    threshold = float(torch.stack(scaled).quantile(1 - share)) if share else 2.0
+    chosen = selecting.choose(received, places, starts_of(COUNTS), protected, Bar(threshold, norm))
+    stays = [i for i, value in enumerate(scaled) if value > threshold or protected.flatten()[places[i]]]
+    importance = torch.zeros(protected.numel())
+    importance[places] = torch.stack(scaled)
+    keep = torch.zeros(protected.numel(), dtype=torch.bool)
+    keep[places[stays]] = True
+    assert chosen.index.tolist() == stays and torch.equal(chosen.places, places[stays])
+    assert torch.equal(chosen.importance.flatten(), importance) and torch.equal(chosen.keep.flatten(), keep)
+    assert chosen.starts.tolist() == [sum(owner[i] < row for i in stays) for row in range(len(COUNTS) + 1)]
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 300, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_copies_are_the_rows_with_zeros_behind(selecting, count, dtype):
+    generator = torch.Generator().manual_seed(count)
+    first, second = (
+        torch.randn(1200, 48, generator=generator),
+        torch.randn(1300, 48, generator=generator).to(dtype)[:1200],
+    )
+    index = torch.randperm(1200, generator=generator)[:count].sort().values
+    copies = selecting.gather(index, first, second)
+    for copy, original in zip(copies, (first, second), strict=True):
+        assert torch.equal(copy, original[index])
+        behind = copy.as_strided((rows_to_compute(count), copy.shape[1]), copy.stride())[count:]
+        assert not behind.any()
+
+
+def test_rows_that_do_not_follow_each_other_are_refused(selecting):
+    wide = torch.randn(4, 10)
+    with pytest.raises(ValueError, match="one after the other"):
+        selecting.gather(torch.tensor([0, 2]), wide[:, :5], torch.randn(4, 5))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from tokprune_exp.encoder.fast import FastLayer
 from tokprune_exp.encoder.layout import Layout, Packed
 from tokprune_exp.encoder.trace import Decision, Place
 from tokprune_exp.kernels.attention import Attended, AttentionOfPacked, attend_in_loop
+from tokprune_exp.kernels.selection import CompiledSelection
 from tokprune_exp.measure.latency import Ratio, interleaved_medians
 from tokprune_exp.model import PrunedClassifier
 from tokprune_exp.pruning.retainers import Planner
@@ -190,6 +191,8 @@ def watched_layout(watch: Watch) -> Iterator[None]:
     with (
         patch.object(Packed, "keep", watch.around("gathering", timed_keep)),
         patch.object(Packed, "to_grid", watch.around("onto the grid", Packed.to_grid)),
+        patch.object(CompiledSelection, "choose", watch.around("selection", CompiledSelection.choose)),
+        patch.object(CompiledSelection, "gather", watch.around("gathering", CompiledSelection.gather)),
     ):
         yield
 

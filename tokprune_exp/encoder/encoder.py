@@ -116,6 +116,20 @@ class EncoderLayer(nn.Module):
         """Compute the attention scores of the layer, before the softmax, and nothing else."""
         return layout.scores(self.query(hidden), self.key(hidden), self.heads)
 
+    def choose(
+        self,
+        pruning: PruningRule,
+        hidden: Float[Tensor, "*tokens dim"],
+        attended: Attended,
+        layout: Layout,
+        number: int,
+        enforce: bool,
+    ) -> tuple[Decision, Layout, Float[Tensor, "*kept dim"], Float[Tensor, "*kept dim"]]:
+        """Ask the pruning after the attention; return its decision and the survivors' layout, hidden state, context."""
+        where: tuple[int, Place] = (number, "after")
+        decision, layout, gather = _choose(pruning, hidden, layout, attended.received, where, enforce)
+        return decision, layout, gather(hidden), gather(attended.context)
+
     def finish(
         self, hidden: Float[Tensor, "*tokens dim"], context: Float[Tensor, "*tokens dim"]
     ) -> Float[Tensor, "*tokens dim"]:
@@ -199,10 +213,7 @@ class PrunedEncoder(nn.Module):
             attended = layer.attend(asking, hidden, keys, queries, Wants(decides_after, wants_inner))
             hidden, layout, context = asking, queries, attended.context
             if pruning is not None and decides_after:
-                decision, layout, gather = _choose(
-                    pruning, hidden, layout, attended.received, (number, "after"), enforce
-                )
-                hidden, context = gather(hidden), gather(context)
+                decision, layout, hidden, context = layer.choose(pruning, hidden, attended, layout, number, enforce)
             hidden = layer.finish(hidden, context)
             if enforce and decision is not None and decision.gate is None and decision.soft is not None:
                 hidden = hidden * layout.take(decision.soft)[..., None]  # x_out = M̃·x (LTP, eq. 12)

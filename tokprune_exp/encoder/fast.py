@@ -8,20 +8,32 @@ states that go from layer to layer, sums, norms and the softmax are float32 in b
 
 from collections.abc import Callable
 from copy import copy
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokprune_exp.encoder.encoder import EncoderLayer, PrunedEncoder
+from tokprune_exp.encoder.encoder import EncoderLayer, PrunedEncoder, PruningRule
 from tokprune_exp.encoder.layout import Attended, Layout, Packed, Wants
+from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.kernels.attention import attention_for
 from tokprune_exp.kernels.linear import product_of, rows_to_compute
+from tokprune_exp.kernels.selection import Bar, compiled_selection
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@runtime_checkable
+class BarRule(Protocol):
+    """A pruning that in some layers may ask for nothing but received attention above a bar."""
+
+    def bar(self, layer: int) -> Bar | None:
+        """Return the bar of a layer, None where the choice is made otherwise."""
+        ...
 
 
 class FastLayer(EncoderLayer):
@@ -56,8 +68,29 @@ class FastLayer(EncoderLayer):
             return layout.attend(asked.float(), keys.float(), values.float(), self.heads, wants=wants, queries=queries)
         attention = self.attention_up_to(layout.alive.shape[1])
         context, received = attention(query, key, value, queries.starts, layout.starts, self.heads, wants.received)
-        grid = None if received is None else layout.to_grid(received[: len(hidden)])
-        return Attended(context[: len(asking)], grid)
+        return Attended(context[: len(asking)], received_rows=received)
+
+    def choose(
+        self,
+        pruning: PruningRule,
+        hidden: Float[Tensor, "total dim"],
+        attended: Attended,
+        layout: Layout,
+        number: int,
+        enforce: bool,
+    ) -> tuple[Decision, Layout, Float[Tensor, "kept dim"], Float[Tensor, "kept dim"]]:
+        """Ask the pruning after the attention; one that is a bar and nothing else is met in compiled code."""
+        layout, received, selection = _packed(layout), attended.received_rows, compiled_selection()
+        bar = pruning.bar(number) if isinstance(pruning, BarRule) else None
+        if received is None or selection is None or bar is None or not enforce or not hidden.is_cpu:
+            on_grid = None if received is None else layout.to_grid(received[: len(hidden)])
+            return super().choose(pruning, hidden, replace(attended, received=on_grid), layout, number, enforce)
+        chosen = selection.choose(received, layout.rows, layout.starts, layout.sequences.protected, bar)
+        decision = Decision(chosen.importance, chosen.keep, threshold=bar.threshold)
+        if len(chosen.index) == len(hidden):
+            return decision, layout, hidden, attended.context
+        survivors = Packed(layout.sequences, chosen.keep, chosen.places, chosen.starts)
+        return decision, survivors, *selection.gather(chosen.index, hidden, attended.context)
 
     def scores(self, hidden: Float[Tensor, "total dim"], layout: Layout) -> Float[Tensor, "batch heads grid grid"]:
         """Compute the attention scores of the layer, before the softmax, and nothing else."""

@@ -26,13 +26,15 @@ from tokprune_exp.kernels.linear import rows_to_compute
 class Attended:
     """What an attention leaves: the context of every query, and on request what pruning reads.
 
-    `received` is Σ_{alive j} mean_h A_h[j, i] of each token i; `scores` are those before the softmax, -inf at keys that
-    are not alive (and at queries that are not, in a packed layout).
+    `received` is Σ_{alive j} mean_h A_h[j, i] of each token i; fast layers leave it as `received_rows`, in the order of
+    the packed tokens. `scores` are those before the softmax, -inf at keys that are not alive (and at queries that are
+    not, in a packed layout).
     """
 
     context: Float[Tensor, "*queries dim"]
     received: Float[Tensor, "batch grid"] | None = None
     scores: Float[Tensor, "batch heads grid grid"] | None = None
+    received_rows: Float[Tensor, " total"] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ class Packed:
     sequences: Sequences
     alive: Bool[Tensor, "batch tokens"]
     rows: Int[Tensor, " total"]
+    known_starts: Int[Tensor, " starts"] | None = None
+    """`starts`, where who made the layout knows them."""
 
     @classmethod
     def start(cls, sequences: Sequences) -> "Packed":
@@ -182,6 +186,8 @@ class Packed:
     @cached_property
     def starts(self) -> Int[Tensor, " starts"]:
         """Row at which each sequence starts, and at last the number of rows, as the kernels read it."""
+        if self.known_starts is not None:
+            return self.known_starts
         if self.alive.is_cuda:  # without asking the host
             return F.pad(self.alive.sum(1).cumsum(0), (1, 0)).int()
         return torch.tensor([0, *accumulate(self.counts)], dtype=torch.int32)

@@ -26,7 +26,7 @@ class Decision:
     gate: Float[Tensor, "batch tokens"] | None = None
     ratio_logits: Float[Tensor, "batch ratios"] | None = None
     soft: Float[Tensor, "batch tokens"] | None = None
-    threshold: Float[Tensor, ""] | None = None
+    threshold: Float[Tensor, ""] | float | None = None
 
 
 @dataclass

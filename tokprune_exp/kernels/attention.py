@@ -1,26 +1,20 @@
 """The compiled attention of packed sequences: `attention.cpp`, built where a compiler is, and its plain twin.
 
-It is built once on each kind of machine (about two seconds), kept in the cache, and checked against the plain loop each
-time it is loaded. Without a compiler, or with TOKPRUNE_KERNELS=0, the plain loop is used and nothing else changes.
+It is checked against the plain loop each time it is loaded; without it the plain loop is used (`compiler.py`).
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokprune_exp.kernels.compiler import compiled
+
 SOURCE = Path(__file__).with_name("attention.cpp")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-"""Never -ffast-math: it would undo the rounding by which the exponential is computed."""
 HEAD_DIMS = (32, 64)
 TOLERANCE = 1e-5
 
@@ -58,9 +52,8 @@ def attend_in_loop(
 class CompiledAttention:
     """`attend_in_loop` in machine code, for heads of 32 or 64 numbers in float32 or bfloat16 on the CPU."""
 
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        self.functions = {torch.float32: loaded.attend_float32, torch.bfloat16: loaded.attend_bfloat16}
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.functions = {torch.float32: library.attend_float32, torch.bfloat16: library.attend_bfloat16}
         pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
         for function in self.functions.values():
             function.argtypes = [
@@ -134,54 +127,25 @@ def attention_for(head_dim: int, device: torch.device) -> Callable[[int], Attent
         fused = triton_attention(head_dim)
         if fused is not None:
             return fused
-    compiled = compiled_attention() if head_dim in HEAD_DIMS and device.type == "cpu" else None
-    return lambda longest: attend_in_loop if compiled is None else compiled
+    fast = compiled_attention() if head_dim in HEAD_DIMS and device.type == "cpu" else None
+    return lambda longest: attend_in_loop if fast is None else fast
 
 
 @cache
 def compiled_attention() -> CompiledAttention | None:
     """Build or find the compiled attention; None where there is no compiler, or where it does not compute the same."""
-    if os.environ.get("TOKPRUNE_KERNELS") == "0":
-        return None
-    try:
-        compiled = CompiledAttention(_built())
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return compiled if _is_right(compiled) else None
+    library = compiled(SOURCE)
+    attention = None if library is None else CompiledAttention(library)
+    return attention if attention is not None and _is_right(attention) else None
 
 
-def _built() -> Path:
-    """Return the library for this source, compiler and kind of CPU; built on first use, whole or not at all.
-
-    Raises:
-        OSError: there is no compiler, or the cache cannot be written.
-        CalledProcessError: the compiler gave up.
-    """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler")
-    asked = [compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull]  # the macros name compiler and instruction sets
-    macros = subprocess.run(asked, check=True, capture_output=True, timeout=60).stdout
-    key = sha256(SOURCE.read_bytes() + macros + " ".join(FLAGS).encode()).hexdigest()[:20]
-    directory = Path(os.environ.get("TOKPRUNE_CACHE", "~/.cache/tokprune_exp")).expanduser() / "kernels"
-    library = directory / f"attention-{key}.so"
-    if not library.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
-            made = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, timeout=300)
-            made.replace(library)
-    return library
-
-
-def _is_right(compiled: CompiledAttention) -> bool:
+def _is_right(attention: CompiledAttention) -> bool:
     """Compare with the plain loop on short ragged sequences."""
     generator = torch.Generator().manual_seed(0)
     starts = torch.tensor([0, 1, 6, 40, 107], dtype=torch.int32)
     for head_dim in HEAD_DIMS:
         q, k, v = torch.randn(3, 107, 2 * head_dim, generator=generator)
-        ours, plain = (attend(q, k, v, starts, starts, 2, True) for attend in (compiled, attend_in_loop))
+        ours, plain = (attend(q, k, v, starts, starts, 2, True) for attend in (attention, attend_in_loop))
         for one, other in zip(ours, plain, strict=True):
             if one is None or other is None or not torch.allclose(one, other, atol=TOLERANCE, rtol=0):
                 return False

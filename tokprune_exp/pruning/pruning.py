@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tokprune_exp.encoder.encoder import PrunedEncoder, PruningRule
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision, Place, PruningTrace
+from tokprune_exp.kernels.selection import Bar
 from tokprune_exp.pruning.retainers import (
     AdaptiveRatio,
     Backtracking,
@@ -87,6 +89,21 @@ class LayerByLayer:
     def decides(self, layer: int, place: Place) -> bool:
         """Whether tokens are chosen at this place of the encoder."""
         return place == self.place and self.retainer.prunes_at(layer)
+
+    @cached_property
+    def bars(self) -> list[Bar] | None:
+        """What `decide` asks for in each layer, if that is attention received above a threshold and nothing else."""
+        scorer, retainer = self.scorer, self.retainer
+        if not (isinstance(scorer, AttentionMass) and isinstance(retainer, ManualThreshold)):
+            return None
+        if isinstance(retainer, LearnedThreshold) and retainer.is_relaxed:
+            return None
+        norm = scorer.constant if scorer.normalisation == "constant" else 0
+        return [Bar(threshold, norm) for threshold in retainer.thresholds.tolist()]
+
+    def bar(self, layer: int) -> Bar | None:
+        """Return the bar of a layer, by which fast layers choose."""
+        return None if self.bars is None else self.bars[layer]
 
     def decide(
         self,
