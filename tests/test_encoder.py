@@ -24,7 +24,7 @@ def sequences_of(lengths: list[int], extra: int = 0) -> Sequences:
     valid = torch.arange(max(lengths) + extra) < torch.tensor(lengths)[:, None]
     protected = torch.zeros_like(valid)
     protected[:, 0] = True
-    return Sequences(valid, protected, torch.arange(len(lengths)))
+    return Sequences(valid, protected)
 
 
 def rows_through_linears(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[int]]:
@@ -294,7 +294,7 @@ encoder = PrunedEncoder(EncoderShape(vocabulary=50, dim=32, heads=2, layers=2, f
 answers = []
 for tokens in (7, 12):
     valid = torch.arange(tokens) < torch.tensor([[tokens], [3]])
-    layout = Padded.start(Sequences(valid, valid & False, torch.zeros(2, dtype=torch.long)))
+    layout = Padded.start(Sequences(valid, valid & False))
     hidden = torch.randn(2, tokens, 32)
     for is_compiled in (False, True):
         encoder.zero_grad()

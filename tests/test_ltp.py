@@ -303,7 +303,7 @@ def test_a_token_goes_when_its_score_is_not_above_the_threshold_and_never_comes_
 def test_a_score_that_equals_the_threshold_is_not_above_it() -> None:
     valid = torch.tensor([[True, True, True, True, False]])
     protected = torch.tensor([[True, False, False, False, False]])
-    layout = Padded.start(Sequences(valid, protected, torch.tensor([7])))
+    layout = Padded.start(Sequences(valid, protected))
     retainer = ManualThreshold(6, 1, final_threshold=0.5)
     decision = retainer(torch.tensor([[0.1, 0.5, 0.50001, 0.4, 0.9]]), torch.zeros(1, 5, 6), layout, 0)
     assert decision.keep.tolist() == [[True, False, True, False, False]]

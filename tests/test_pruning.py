@@ -421,7 +421,9 @@ def a_layout(lengths: list[int]) -> tuple[Padded, Tensor]:
     protected = torch.zeros_like(valid)
     protected[:, 0] = True
     hidden = torch.randn(len(lengths), max(lengths), 6, generator=generator)
-    return Padded.start(Sequences(valid, protected, torch.arange(len(lengths)) + 7)), hidden
+    return Padded.start(
+        Sequences(valid, protected, (torch.arange(len(lengths)) + 7)[:, None].expand(valid.shape))
+    ), hidden
 
 
 def test_attention_mass_divides_by_the_length_or_by_a_constant_and_only_after_an_attention() -> None:

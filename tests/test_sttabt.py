@@ -204,7 +204,7 @@ def laid_out(size: int, extra: int = 0, protects: bool = False) -> tuple[list[Te
         layer[:size, :, :tokens, :tokens].masked_fill(~valid[:, None, None, :] | absent, float("-inf"))
         for layer in random_scores()
     ]
-    return scores, Padded.start(Sequences(valid, protected, torch.zeros(size, dtype=torch.long)))
+    return scores, Padded.start(Sequences(valid, protected))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
@@ -263,7 +263,7 @@ def test_a_plan_never_needs_less_below_keeps_the_first_token_and_no_padding(
 
 def test_ties_go_to_the_earlier_token() -> None:
     valid = torch.tensor([[True] * 6 + [False], [True] * 7])
-    layout = Padded.start(Sequences(valid, valid & False, torch.zeros(2, dtype=torch.long)))
+    layout = Padded.start(Sequences(valid, valid & False))
     score = torch.zeros(2, 2, 7, 7)
     score[1, :, :, 5:] = 1.0  # the last two alike, above all others
     score = score.masked_fill(~valid[:, None, None, :], float("-inf"))

@@ -60,14 +60,12 @@ class PrunedClassifier(nn.Module):
                 raise ValueError(f"retainer.layer={retainer.layer}, but this encoder has layers 0 to {last}")
 
     def sequences(self, batch: Batch) -> Sequences:
-        """Describe a batch to scorers and retainers: real and protected tokens, a fingerprint of each text."""
+        """Describe a batch to scorers and retainers."""
         protected = torch.zeros_like(batch.valid)
         protected[:, 0] = True
         if self.pruning is not None and self.pruning.retainer.keeps_separators:
             protected |= batch.valid & (batch.input_ids == self.separator)
-        places = torch.arange(1, batch.valid.shape[1] + 1, device=batch.valid.device)
-        fingerprint = ((batch.input_ids.long() + 1) * places.square() * batch.valid).sum(1)
-        return Sequences(batch.valid, protected, fingerprint, batch.input_ids, batch.token_type_ids)
+        return Sequences(batch.valid, protected, batch.input_ids, batch.token_type_ids)
 
     def start(self, batch: Batch, execution: Execution = "masked") -> tuple[Tensor, Layout]:
         """Embed a batch: the input of the first layer and the layout it lies in."""

@@ -165,7 +165,7 @@ def seconds_of_layer(batch: int, length: int) -> float:
     parts = []
     for start in range(0, batch, texts):
         valid = torch.ones(min(texts, batch - start), length, dtype=torch.bool)
-        layout = Packed.start(Sequences(valid, torch.zeros_like(valid), torch.zeros(len(valid), dtype=torch.long)))
+        layout = Packed.start(Sequences(valid, torch.zeros_like(valid)))
         parts.append((torch.randn(valid.numel(), BERT_BASE.dim), layout))
 
     def run() -> None:

@@ -9,7 +9,8 @@ states that go from layer to layer, sums, norms and the softmax are float32 in b
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from typing import Literal, Protocol, runtime_checkable
+from functools import cache, partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,19 +22,10 @@ from tokprune_exp.encoder.layout import Attended, Layout, Packed, Wants
 from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.kernels.attention import attention_for
 from tokprune_exp.kernels.linear import product_of, rows_to_compute
-from tokprune_exp.kernels.selection import Bar, compiled_selection
+from tokprune_exp.kernels.selection import compiled_selection
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@runtime_checkable
-class BarRule(Protocol):
-    """A pruning that in some layers may ask for nothing but received attention above a bar."""
-
-    def bar(self, layer: int) -> Bar | None:
-        """Return the bar of a layer, None where the choice is made otherwise."""
-        ...
 
 
 class FastLayer(EncoderLayer):
@@ -42,8 +34,11 @@ class FastLayer(EncoderLayer):
     def __init__(self, layer: EncoderLayer, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
         self.heads, self.dtype = layer.heads, dtype
-        self.ask = product_of([layer.query], dtype)
-        self.answer = product_of([layer.key, layer.value], dtype)
+        self.dim = layer.query.out_features
+        # where not all tokens are queries (STTABT) these are products of their own, made when that first happens
+        self.ask = cache(partial(product_of, [layer.query], dtype))
+        self.answer = cache(partial(product_of, [layer.key, layer.value], dtype))
+        self.ask_and_answer = product_of([layer.query, layer.key, layer.value], dtype)
         self.project = product_of([layer.attention_output], dtype)
         self.widen = product_of([layer.intermediate], dtype)
         self.narrow = product_of([layer.output], dtype)
@@ -61,8 +56,11 @@ class FastLayer(EncoderLayer):
         """Mix the tokens of each sequence into the queries; see `EncoderLayer.attend`."""
         layout, queries = _packed(layout), _packed(queries)
         rows = filled_up(hidden.to(self.dtype))
-        query = self.ask(rows if asking is hidden else filled_up(asking.to(self.dtype)))
-        key, value = self.answer(rows).chunk(2, dim=1)
+        if asking is hidden:
+            query, key, value = self.ask_and_answer(rows).split(self.dim, dim=1)
+        else:
+            query = self.ask()(filled_up(asking.to(self.dtype)))
+            key, value = self.answer()(rows).split(self.dim, dim=1)
         if wants.scores:
             asked, keys, values = query[: len(asking)], key[: len(hidden)], value[: len(hidden)]
             return layout.attend(asked.float(), keys.float(), values.float(), self.heads, wants=wants, queries=queries)
@@ -81,7 +79,8 @@ class FastLayer(EncoderLayer):
     ) -> tuple[Decision, Layout, Float[Tensor, "kept dim"], Float[Tensor, "kept dim"]]:
         """Ask the pruning after the attention; one that is a bar and nothing else is met in compiled code."""
         layout, received, selection = _packed(layout), attended.received_rows, compiled_selection()
-        bar = pruning.bar(number) if isinstance(pruning, BarRule) else None
+        bar_of = getattr(pruning, "bar", None)  # a rule around the model's own (forced tokens) has none
+        bar = None if bar_of is None else bar_of(number)
         if received is None or selection is None or bar is None or not enforce or not hidden.is_cpu:
             on_grid = None if received is None else layout.to_grid(received[: len(hidden)])
             return super().choose(pruning, hidden, replace(attended, received=on_grid), layout, number, enforce)
@@ -96,7 +95,7 @@ class FastLayer(EncoderLayer):
         """Compute the attention scores of the layer, before the softmax, and nothing else."""
         rows = filled_up(hidden.to(self.dtype))
         used = len(hidden)
-        query, key = self.ask(rows)[:used], self.answer(rows).chunk(2, dim=1)[0][:used]
+        query, key, _ = self.ask_and_answer(rows)[:used].split(self.dim, dim=1)
         return layout.scores(query.float(), key.float(), self.heads)
 
     def finish(

@@ -54,16 +54,26 @@ gradient stay finite. It touches dropped tokens only, so no value."""
 class Sequences:
     """What a scorer or a retainer may know of a batch besides hidden states.
 
-    `protected` tokens are never pruned: the first position always is, separators on request. `fingerprint` is a number
-    that depends on the real tokens of a sequence only, so that "random" choices do not change with padding or batch.
-    A pruning with an encoder of its own (STTABT) reads the ids.
+    `protected` tokens are never pruned: the first position always is, separators on request. A pruning with an encoder
+    of its own (STTABT) reads the ids.
     """
 
     valid: Bool[Tensor, "batch tokens"]
     protected: Bool[Tensor, "batch tokens"]
-    fingerprint: Int[Tensor, " batch"]
     input_ids: Int[Tensor, "batch tokens"] | None = None
     token_type_ids: Int[Tensor, "batch tokens"] | None = None
+
+    @cached_property
+    def fingerprint(self) -> Int[Tensor, " batch"]:
+        """A number that depends on the real tokens of a sequence only: random choices are those of the text.
+
+        Raises:
+            ValueError: the ids were not given.
+        """
+        if self.input_ids is None:
+            raise ValueError("a random choice needs the ids of the tokens")
+        places = torch.arange(1, self.valid.shape[1] + 1, device=self.valid.device)
+        return ((self.input_ids.long() + 1) * places.square() * self.valid).sum(1)
 
     @cached_property
     def prunable(self) -> Bool[Tensor, "batch tokens"]:
