@@ -121,7 +121,8 @@ def test_a_mistake_in_one_job_is_said_before_anything_starts_and_the_others_run(
     assert "1 of 2 jobs are complete. Missing: job 2 (not started)." in told.out
 
 
-def test_a_job_that_is_alone_on_the_machine_has_all_cores(command, tmp_path):
+def test_a_job_that_is_alone_on_the_machine_has_all_cores(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command("-m", "+method=ltp", "seed=0", "hydra.sweep.dir=found")
     assert (tmp_path / "started").read_text() == f"0 {len(os.sched_getaffinity(0))}\n"
 
@@ -139,9 +140,17 @@ def test_a_job_that_is_alone_on_the_machine_has_all_cores(command, tmp_path):
 )
 def test_jobs_times_threads_never_exceed_the_cores(monkeypatch, kind, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     at_once, threads = share_of_the_machine(OmegaConf.create(kind))
     assert (at_once, threads) == expected
     assert at_once is None or at_once * threads <= cores
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("3", 3), ("64", 8), ("0", 8), ("", 8), ("4,2", 8)])
+def test_a_job_takes_no_more_threads_than_the_environment_says(monkeypatch, asked, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert share_of_the_machine(OmegaConf.create({"_target_": "x.BasicLauncher"})) == (1, threads)
 
 
 def test_no_more_jobs_at_once_than_places(tmp_path, monkeypatch):

@@ -122,7 +122,8 @@ def title(job: Job, sweep: Path) -> str:
 def share_of_the_machine(launcher: DictConfig) -> tuple[int | None, int | None]:
     """Return how many jobs run at once and with how many threads each, so that together they fill the cores once.
 
-    On a cluster (submitit's SLURM) the scheduler has given each job its cores: there is no limit here.
+    OMP_NUM_THREADS, where it is set, is the most that a job takes. On a cluster (submitit's SLURM) the scheduler has
+    given each job its cores: there is no limit here.
     """
     kind = launcher._target_.rpartition(".")[2]
     if kind == "SlurmLauncher":
@@ -131,7 +132,8 @@ def share_of_the_machine(launcher: DictConfig) -> tuple[int | None, int | None]:
     asked = {"JoblibLauncher": "n_jobs", "LocalLauncher": "array_parallelism"}.get(kind)
     wanted = 1 if asked is None else int(OmegaConf.select(launcher, asked) or 1)
     at_once = cores if wanted < 0 else min(max(wanted, 1), cores)
-    return at_once, cores // at_once
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return at_once, min(cores // at_once, int(threads) if threads.isdecimal() and int(threads) else cores)
 
 
 @contextmanager
