@@ -39,14 +39,15 @@ def evaluate(
     prune: bool = True,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Run the gathered model over all batches; every example is counted by the closed form on its trace."""
+    """Run the model over all batches as it is served; every example is counted by the closed form on its trace."""
     model = model.to(device).eval()
+    served = model.for_inference()
     shape = model.encoder.shape
     report = FlopsReport(shape.dim, shape.ff_dim)
     logits, labels, index, ratios = [], [], [], []
     for batch in batches:
         with torch.inference_mode():  # only here: parameters that are moved inside would stay without gradients
-            output = model(batch.to(device), "gathered", prune)
+            output = served(batch.to(device), "gathered", prune)
         pruner = model.pruning.macs(output.trace) if prune and model.pruning is not None else 0
         ratios += [one.ratio_logits.cpu() for one in output.trace.decisions if one.ratio_logits is not None]
         report.update(output.trace, pruner, model.head.macs(), batch.index)
