@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from tokprune_exp.analysis.tagging import Tagger, without_markup
-from tokprune_exp.analysis.tokens import pieces_of
+from tokprune_exp.analysis.tokens import CONTEXT, parts_read, pieces_of
 from tokprune_exp.analysis.words import MARKUP, NO_WORD, Word, without_space, words_of_pieces
 from tokprune_exp.errors import UserError
 
@@ -204,3 +204,19 @@ def test_the_alignment_holds_on_the_real_tokenizer_of_minilm(minilm_directory, t
         for piece in pieces_of(backend.encode(text), [text], [words]):
             if not piece.special:
                 assert piece.word == most_shared((piece.start, piece.end), words) != NO_WORD
+
+
+def test_a_long_text_is_tagged_as_far_as_the_longest_reader_reads(minilm_directory):
+    def reader(tokens: int) -> Tokenizer:
+        backend = Tokenizer.from_file(str(minilm_directory / "tokenizer.json"))
+        backend.no_padding()
+        backend.enable_truncation(tokens)
+        return backend
+
+    short, long = "A short one.", " ".join(f"word{number}" for number in range(400))
+    read = list(parts_read([reader(16), reader(64)], [short, long, (short, long)]))
+    assert read[0] == [short] and read[2][0] == short
+    for cut in (read[1][0], read[2][1]):
+        assert long.startswith(cut) and long[len(cut)] == " "
+    end = max(end for _, end in reader(64).encode(long).offsets)
+    assert end + CONTEXT <= len(read[1][0]) <= end + CONTEXT + len("word000")

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 
 from tokprune_exp.analysis.passes import Observed, progress
 from tokprune_exp.analysis.tagging import Tagger
 from tokprune_exp.analysis.texts import AnalysedTexts, parts
 from tokprune_exp.analysis.words import NO_WORD, Word, without_space, words_of_pieces
-from tokprune_exp.data.tokenise import EncodedSplit
+from tokprune_exp.data.tokenise import EncodedSplit, Text
 from tokprune_exp.serving import TextClassifier
 
 EXAMPLES_AT_ONCE = 256
 NO_SPAN = -1
+CONTEXT = 100
+"""Characters behind the last token that a model reads, so that the last words are tagged in their context."""
 OF_NO_WORD = Word("", NO_SPAN, NO_SPAN)
 
 
@@ -76,17 +78,37 @@ def pieces_of(encoding: Encoding, texts: Sequence[str], words: Sequence[Sequence
 
 
 def write_tables(subjects: Sequence[Subject], texts: AnalysedTexts, tagger: Tagger, terms: Iterable[str]) -> None:
-    """Tag every text once and write `tokens.parquet` and `examples.parquet` of each model into its directory."""
-    known = frozenset(terms)
+    """Tag every text once and write `tokens.parquet` and `examples.parquet` of each model into its directory.
+
+    Of a long text no more is tagged than a model reads, and a little behind it.
+    """
+    known, backends = frozenset(terms), [subject.classifier.backend for subject in subjects]
     with ExitStack() as open_files, progress(len(texts.texts), "words") as bar:
         writers = [open_files.enter_context(TableWriter(subject, texts, known)) for subject in subjects]
         for start in range(0, len(texts.texts), EXAMPLES_AT_ONCE):
             some = texts.texts[start : start + EXAMPLES_AT_ONCE]
-            tagged = tagger.tag(part for text in some for part in parts(text))
+            tagged = tagger.tag(part for read in parts_read(backends, some) for part in read)
             words = [[next(tagged) for _ in parts(text)] for text in some]
             for writer in writers:
                 writer.write(start, words)
             bar.update(len(some))
+
+
+def parts_read(backends: Sequence[Tokenizer], texts: Sequence[Text]) -> Iterator[list[str]]:
+    """Cut each text, or the two of a pair, behind the last token that any of the models reads."""
+    encodings = [backend.encode_batch(texts) for backend in backends]
+    for text, *of_text in zip(texts, *encodings, strict=True):
+        cut = []
+        for number, part in enumerate(parts(text)):
+            ends = [
+                end
+                for encoding in of_text
+                for sequence, (_, end) in zip(encoding.sequence_ids, encoding.offsets, strict=True)
+                if sequence == number
+            ]
+            space = part.find(" ", max(ends, default=0) + CONTEXT)
+            cut.append(part if space < 0 else part[:space])
+        yield cut
 
 
 class TableWriter:
