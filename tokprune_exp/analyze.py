@@ -13,19 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokprune_exp.bench.arguments import positive
-from tokprune_exp.errors import UserError
+from tokprune_exp.errors import told_in_a_sentence
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     arguments = read_arguments(sys.argv[1:])
-    try:
+    with told_in_a_sentence():
         from tokprune_exp.analysis.study import analyze
 
         analyze(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 def read_arguments(given: Sequence[str]) -> argparse.Namespace:

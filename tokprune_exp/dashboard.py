@@ -8,14 +8,13 @@ Every key that a panel reads is one that a run logs (tracking/); the tests hold 
 
 import argparse
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokprune_exp.config import choices, load_task
-from tokprune_exp.errors import UserError
+from tokprune_exp.errors import UserError, told_in_a_sentence
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import LinePlot
@@ -43,11 +42,8 @@ LAYER_FIGURES = {
 
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
-    try:
+    with told_in_a_sentence():
         make(read_arguments())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 def read_arguments() -> argparse.Namespace:

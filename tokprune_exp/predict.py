@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from tokprune_exp.errors import UserError
+from tokprune_exp.errors import UserError, told_in_a_sentence
 
 if TYPE_CHECKING:
     from tokprune_exp.serving import Prediction
@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     arguments = read_arguments()
-    try:
+    with told_in_a_sentence():
         predict(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 def read_arguments() -> argparse.Namespace:

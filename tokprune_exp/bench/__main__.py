@@ -3,13 +3,13 @@
 import sys
 
 from tokprune_exp.bench.arguments import read_arguments
-from tokprune_exp.errors import UserError
+from tokprune_exp.errors import told_in_a_sentence
 
 
 def main() -> None:
     """Run the command that the first argument names; without such a name it is a model directory."""
     arguments = read_arguments(sys.argv[1:])
-    try:
+    with told_in_a_sentence():
         if arguments.command == "selection":
             from tokprune_exp.bench.selection import bench
         elif arguments.command == "training":
@@ -17,9 +17,6 @@ def main() -> None:
         else:
             from tokprune_exp.bench.speed import bench
         bench(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

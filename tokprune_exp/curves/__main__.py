@@ -9,7 +9,6 @@ Nothing heavy is imported before the results are read, so that a mistake is answ
 import argparse
 import importlib.util
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tokprune_exp.curves.points import TaskCurves, collect
 from tokprune_exp.curves.published import published_panels
 from tokprune_exp.curves.read import LeftOut, read_runs
 from tokprune_exp.curves.tables import rows, screen_table, write_csv
-from tokprune_exp.errors import UserError
+from tokprune_exp.errors import UserError, told_in_a_sentence
 
 WIDTH = 100
 """Columns of everything that is printed, but for paths."""
@@ -30,11 +29,8 @@ WIDTH = 100
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     arguments = read_arguments()
-    try:
+    with told_in_a_sentence():
         curves(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

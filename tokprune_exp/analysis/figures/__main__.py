@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokprune_exp.bench.arguments import positive
-from tokprune_exp.errors import UserError
+from tokprune_exp.errors import told_in_a_sentence
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     arguments = read_arguments(sys.argv[1:])
-    try:
+    with told_in_a_sentence():
         from tokprune_exp.analysis.figures.present import present
 
         written = present(arguments.directory, arguments.wandb, arguments.sentences)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     print("Written:", *(f"  {path}" for path in written), sep="\n")
 
 
