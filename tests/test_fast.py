@@ -1,5 +1,6 @@
 """Models prepared for inference: the answers and the traces of plain running, whatever is fast on this machine."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_the_model_itself_is_left_as_it_was(random_classifier, ragged_batch):
     assert model.training and not ready.training
     assert set(model.state_dict()) == names
     assert not any(isinstance(layer, FastLayer) for layer in model.encoder.layers)
-    assert ready.head is model.head and ready.pruning is model.pruning
+    assert ready.encoder.embeddings is model.encoder.embeddings and ready.pruning is model.pruning
 
 
 def test_masked_running_is_refused(random_classifier, ragged_batch):
@@ -164,3 +165,32 @@ def test_batches_of_at_most_so_many_tokens():
     assert [batch.tolist() for batch in batches] == [[6], [1], [4, 3, 5], [0, 2]]  # longest first, a long text alone
     assert [int(lengths[batch].sum()) for batch in batches] == [512, 100, 97, 6]
     assert token_batches(torch.tensor([], dtype=torch.long), 100) == []
+
+
+def test_heads_and_choices_are_made_by_the_same_weights_and_share_everything_else(random_classifier, ragged_batch):
+    model = random_classifier(TokenSaliency, AdaptiveRatio, heads=2)
+    ready = model.for_inference()
+    assert ready.pruning.retainer.knob is model.pruning.retainer.knob
+    exchanged = (
+        ready.head.pooler,
+        ready.head.classifier,
+        ready.pruning.scorer.inner,
+        ready.pruning.retainer.classifier,
+    )
+    assert all(isinstance(part, fast.FastLinear) for part in exchanged)
+    assert isinstance(model.pruning.scorer.inner, torch.nn.Linear) and isinstance(model.head.pooler, torch.nn.Linear)
+    batch = ragged_batch(model, LENGTHS)
+    with torch.no_grad():
+        plain, ours = model(batch, "gathered").trace.decisions[0], ready(batch, "gathered").trace.decisions[0]
+    torch.testing.assert_close(ours.importance, plain.importance, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.ratio_logits, plain.ratio_logits, atol=1e-5, rtol=0)
+
+
+def test_a_prepared_pruning_can_be_copied(random_classifier, ragged_batch):
+    """The bench moves the knob of a copy."""
+    model = random_classifier(TokenSaliency, AdaptiveRatio, heads=2).for_inference()
+    twin = deepcopy(model.pruning)
+    twin.retainer.knob.fill_(0.123)
+    assert model.pruning.retainer.knob != twin.retainer.knob
+    hidden = torch.randn(5, model.encoder.shape.dim)
+    torch.testing.assert_close(twin.scorer.inner(hidden), model.pruning.scorer.inner(hidden))

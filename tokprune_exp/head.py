@@ -26,4 +26,4 @@ class Head(nn.Module):
 
     def macs(self) -> int:
         """Count the multiply-adds per sequence."""
-        return self.pooler.weight.numel() + self.classifier.weight.numel()
+        return sum(linear.in_features * linear.out_features for linear in (self.pooler, self.classifier))

@@ -22,7 +22,7 @@ from tokprune_exp.attribution import (
 )
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.encoder.encoder import EncoderOutput, EncoderShape, PrunedEncoder
-from tokprune_exp.encoder.fast import Precision, fast_encoder
+from tokprune_exp.encoder.fast import Precision, fast_encoder, with_fast_linears
 from tokprune_exp.encoder.layout import LAYOUTS, Layout, Sequences
 from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.errors import UserError
@@ -87,11 +87,12 @@ class PrunedClassifier(nn.Module):
     def for_inference(self, precision: Precision = "fp32") -> "PrunedClassifier":
         """Return this model with the layers of `encoder/fast.py`: it runs gathered only, and cannot be trained.
 
-        Embeddings, pruning and head are shared; a change of the layers' weights after this is not seen.
+        Embeddings, thresholds and the like are shared; a change of a layer's weights after this is not seen.
         """
         ready = copy(self)
         ready._modules = dict(self._modules)
-        ready.encoder = fast_encoder(self.encoder, precision)
+        ready.encoder, ready.head = fast_encoder(self.encoder, precision), with_fast_linears(self.head)
+        ready.pruning = None if self.pruning is None else with_fast_linears(self.pruning)
         return ready.eval()
 
     def padding_embeddings(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:

@@ -1,16 +1,17 @@
 """Layers for gathered inference: the same mathematics as `EncoderLayer`, by the fastest way that this machine has.
 
-    model = for_inference(model)      # float32; precision="bf16" multiplies in bfloat16
+    model = model.for_inference()     # float32; precision="bf16" multiplies in bfloat16
 
-Only the layers are exchanged; the loop over them, the pruning and the trace stay those of `PrunedEncoder`. The hidden
-states that go from layer to layer, sums, norms and the softmax are float32 in both precisions.
+Only layers are exchanged; the loop over them, the pruning and the trace stay those of `PrunedEncoder`. The hidden
+states that go from layer to layer, sums, norms and the softmax are float32 in both precisions, and so are head, scorer
+and retainer.
 """
 
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,7 @@ from tokprune_exp.kernels.linear import product_of, rows_to_compute
 from tokprune_exp.kernels.selection import compiled_selection
 
 Precision = Literal["fp32", "bf16"]
+Part = TypeVar("Part", bound=torch.nn.Module)
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -151,3 +153,32 @@ def fast_encoder(encoder: PrunedEncoder, precision: Precision) -> PrunedEncoder:
     layers = [FastLayer(layer, DTYPES[precision]) for layer in encoder.layers if isinstance(layer, EncoderLayer)]
     fast.layers = torch.nn.ModuleList(layers)
     return fast
+
+
+class FastLinear(torch.nn.Module):
+    """A linear layer for inference: float32, by the fastest product that this machine has."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.multiply = product_of([linear], torch.float32)
+
+    def forward(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """Compute x Wᵀ + b."""
+        return self.multiply(filled_up(x))[: len(x)]
+
+
+def with_fast_linears(module: Part) -> Part:
+    """Return a head or a pruning with its linear layers and small encoders exchanged; all else is shared with it."""
+    parts = {name: part if part is None else _fast(part) for name, part in module._modules.items()}
+    if all(part is module._modules[name] for name, part in parts.items()):
+        return module
+    fast = copy(module)
+    fast._modules = parts
+    return fast
+
+
+def _fast(part: torch.nn.Module) -> torch.nn.Module:
+    if isinstance(part, PrunedEncoder):
+        return fast_encoder(part, "fp32")
+    return FastLinear(part) if isinstance(part, torch.nn.Linear) else with_fast_linears(part)

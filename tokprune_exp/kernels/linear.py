@@ -40,6 +40,10 @@ class PackedProduct:
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
         self.multiply_and_add = torch.ops.mkldnn._linear_pointwise.binary
 
+    def __deepcopy__(self, memo: object) -> "PackedProduct":
+        """A product never changes, and weights in oneDNN's order cannot be copied."""
+        return self
+
     def __call__(
         self, x: Float[Tensor, "rows in"], activation: Activation = "none", other: Tensor | None = None
     ) -> Float[Tensor, "rows out"]:

@@ -183,7 +183,7 @@ class AdaptiveRatio(RatioRetainer):
     @property
     def ratios(self) -> Float[Tensor, " ratios"]:
         """The candidate list r_c = c/C."""
-        return torch.arange(1, self.candidates + 1, device=self.classifier.weight.device) / self.candidates
+        return torch.arange(1, self.candidates + 1, device=self.knob.device) / self.candidates
 
     def choice(self, logits: Float[Tensor, "batch ratios"]) -> Int[Tensor, " batch"]:
         """Return the index of each sequence's ratio."""
