@@ -64,8 +64,12 @@ class FastLayer(EncoderLayer):
             query = self.ask()(filled_up(asking.to(self.dtype)))
             key, value = self.answer()(rows).split(self.dim, dim=1)
         if wants.scores:
-            asked, keys, values = query[: len(asking)], key[: len(hidden)], value[: len(hidden)]
-            return layout.attend(asked.float(), keys.float(), values.float(), self.heads, wants=wants, queries=queries)
+            asked, keys, values = query[: len(asking)].float(), key[: len(hidden)].float(), value[: len(hidden)].float()
+            if queries is not layout or wants.received:
+                return layout.attend(asked, keys, values, self.heads, wants=wants, queries=queries)
+            scores = scores_on_grid(asked, keys, layout, self.heads)
+            mixed = scores.softmax(-1) @ on_grid(values, layout, self.heads)
+            return Attended(layout.take(mixed.transpose(1, 2).flatten(2)), scores=scores)
         attention = self.attention_up_to(layout.alive.shape[1])
         context, received = attention(query, key, value, queries.starts, layout.starts, self.heads, wants.received)
         return Attended(context[: len(asking)], received_rows=received)
@@ -98,7 +102,7 @@ class FastLayer(EncoderLayer):
         rows = filled_up(hidden.to(self.dtype))
         used = len(hidden)
         query, key, _ = self.ask_and_answer(rows)[:used].split(self.dim, dim=1)
-        return layout.scores(query.float(), key.float(), self.heads)
+        return scores_on_grid(query.float(), key.float(), _packed(layout), self.heads)
 
     def finish(
         self, hidden: Float[Tensor, "total dim"], context: Float[Tensor, "total dim"]
@@ -112,6 +116,25 @@ class FastLayer(EncoderLayer):
             attended = self.normalise_attended(rows + self.project(context))
             mixed = attended + self.narrow(self.widen(attended.to(self.dtype), "gelu"))
         return self.normalise_output(mixed)[: len(hidden)]
+
+
+def on_grid(rows: Float[Tensor, "total dim"], layout: Packed, heads: int) -> Float[Tensor, "batch heads grid head_dim"]:
+    """Spread packed rows over the grid, 0 where there is none, and part them by heads."""
+    batch, tokens = layout.alive.shape
+    grid = rows.new_zeros(batch * tokens, rows.shape[1]).index_copy(0, layout.rows, rows)
+    return grid.view(batch, tokens, heads, -1).transpose(1, 2)
+
+
+def scores_on_grid(
+    query: Float[Tensor, "total dim"], key: Float[Tensor, "total dim"], layout: Packed, heads: int
+) -> Float[Tensor, "batch heads grid grid"]:
+    """Compute what `Packed.scores` does for all sequences at once.
+
+    Scores are put out on the grid in any case, and in batches of like length hardly any of it is padding.
+    """
+    q, k = on_grid(query * (query.shape[1] // heads) ** -0.5, layout, heads), on_grid(key, layout, heads)
+    there = layout.alive[:, None, :, None] & layout.alive[:, None, None, :]
+    return (q @ k.transpose(2, 3)).masked_fill_(~there, float("-inf"))
 
 
 def filled_up(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "more dim"]:
