@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tokprune_exp.kernels import attention, compiler, linear, selection
 from tokprune_exp.kernels.attention import HEAD_DIMS, CompiledAttention, attend_in_loop, attention_for
 from tokprune_exp.kernels.linear import PackedProduct, PlainProduct, fastest_product, product_of, rows_to_compute
-from tokprune_exp.kernels.selection import Bar, CompiledSelection, compiled_selection
+from tokprune_exp.kernels.selection import CompiledSelection, compiled_selection
 
 COUNTS = [1, 2, 7, 31, 32, 33, 64, 65, 200]
 HEADS = 3
@@ -226,7 +226,7 @@ def test_the_compiled_choice_is_that_of_a_plain_loop(selecting, norm, share):
     for value, row in zip(received, owner, strict=True):
         scaled.append(value / (norm or COUNTS[row]))
     threshold = float(torch.stack(scaled).quantile(1 - share)) if share else 2.0
-    chosen = selecting.choose(received, places, starts_of(COUNTS), protected, Bar(threshold, norm))
+    chosen = selecting.choose(received, places, starts_of(COUNTS), protected, threshold, norm)
     stays = [i for i, value in enumerate(scaled) if value > threshold or protected.flatten()[places[i]]]
     importance = torch.zeros(protected.numel())
     importance[places] = torch.stack(scaled)

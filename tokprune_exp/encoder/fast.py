@@ -90,7 +90,9 @@ class FastLayer(EncoderLayer):
         if received is None or selection is None or bar is None or not enforce or not hidden.is_cpu:
             on_grid = None if received is None else layout.to_grid(received[: len(hidden)])
             return super().choose(pruning, hidden, replace(attended, received=on_grid), layout, number, enforce)
-        chosen = selection.choose(received, layout.rows, layout.starts, layout.sequences.protected, bar)
+        chosen = selection.choose(
+            received, layout.rows, layout.starts, layout.sequences.protected, bar.threshold, bar.norm
+        )
         decision = Decision(chosen.importance, chosen.keep, threshold=bar.threshold)
         if len(chosen.index) == len(hidden):
             return decision, layout, hidden, attended.context

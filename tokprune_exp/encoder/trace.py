@@ -29,6 +29,17 @@ class Decision:
     threshold: Float[Tensor, ""] | float | None = None
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A choice in two numbers: those stay whose received attention, over `norm`, exceeds the threshold.
+
+    With `norm` 0 it is divided by the tokens of its sequence.
+    """
+
+    threshold: float
+    norm: int
+
+
 @dataclass
 class LayerTrace:
     """The three token sets of one layer and the importance they were chosen by.

@@ -20,14 +20,6 @@ SOURCE = Path(__file__).with_name("selection.cpp")
 
 
 @dataclass(frozen=True)
-class Bar:
-    """What a token must exceed: received attention over `norm`, or over the tokens of its sequence if that is 0."""
-
-    threshold: float
-    norm: int
-
-
-@dataclass(frozen=True)
 class Chosen:
     """Importance and keep mask on the grid; of the rows that stay the index, the place on it, the sequences' starts."""
 
@@ -55,9 +47,10 @@ class CompiledSelection:
         places: Int[Tensor, " total"],
         starts: Int[Tensor, " starts"],
         protected: Bool[Tensor, "batch grid"],
-        bar: Bar,
+        threshold: float,
+        norm: int,
     ) -> Chosen:
-        """Keep the rows above the bar and the protected ones; see `retainers.ManualThreshold`."""
+        """Keep the rows above the threshold and the protected ones; see `encoder.trace.Bar`."""
         total, shape = len(places), protected.shape
         importance, keep = torch.empty(shape), torch.empty(shape, dtype=torch.bool)
         kept, kept_starts = torch.empty(2, total, dtype=torch.int64), torch.empty_like(starts)
@@ -68,8 +61,8 @@ class CompiledSelection:
             len(starts) - 1,
             shape[1],
             protected.data_ptr(),
-            bar.threshold,
-            bar.norm,
+            threshold,
+            norm,
             importance.data_ptr(),
             keep.data_ptr(),
             kept.data_ptr(),

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from tokprune_exp.encoder.encoder import PrunedEncoder, PruningRule
 from tokprune_exp.encoder.layout import Layout
-from tokprune_exp.encoder.trace import Decision, Place, PruningTrace
-from tokprune_exp.kernels.selection import Bar
+from tokprune_exp.encoder.trace import Bar, Decision, Place, PruningTrace
 from tokprune_exp.pruning.retainers import (
     AdaptiveRatio,
     Backtracking,
