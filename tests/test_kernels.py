@@ -329,3 +329,12 @@ def test_rows_are_rounded_up_to_few_numbers():
 def test_the_kernels_are_part_of_the_package():
     asked = [sys.executable, "-c", "from tokprune_exp.kernels.attention import SOURCE; print(SOURCE.is_file())"]
     assert subprocess.run(asked, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_a_choice_from_tensors_that_would_be_read_wrongly_is_refused(selecting):
+    received, places, starts = torch.rand(4), torch.arange(4), starts_of([2, 2])
+    protected = torch.zeros(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="float32, int64, int32 and bool"):
+        selecting.choose(received, places, starts.long(), protected, 0.5, 1)
+    with pytest.raises(ValueError, match="in one piece"):
+        selecting.choose(received, places, starts, torch.zeros(2, 4, dtype=torch.bool)[:, ::2], 0.5, 1)

@@ -88,8 +88,8 @@ class FastLayer(EncoderLayer):
         bar_of = getattr(pruning, "bar", None)  # a rule around the model's own (forced tokens) has none
         bar = None if bar_of is None else bar_of(number)
         if received is None or selection is None or bar is None or not enforce or not hidden.is_cpu:
-            on_grid = None if received is None else layout.to_grid(received[: len(hidden)])
-            return super().choose(pruning, hidden, replace(attended, received=on_grid), layout, number, enforce)
+            spread = None if received is None else layout.to_grid(received[: len(hidden)])
+            return super().choose(pruning, hidden, replace(attended, received=spread), layout, number, enforce)
         chosen = selection.choose(
             received, layout.rows, layout.starts, layout.sequences.protected, bar.threshold, bar.norm
         )

@@ -50,7 +50,16 @@ class CompiledSelection:
         threshold: float,
         norm: int,
     ) -> Chosen:
-        """Keep the rows above the threshold and the protected ones; see `encoder.trace.Bar`."""
+        """Keep the rows above the threshold and the protected ones; see `encoder.trace.Bar`.
+
+        Raises:
+            ValueError: tensors that the compiled code would read wrongly.
+        """
+        types = [each.dtype for each in (received, places, starts, protected)]
+        if types != [torch.float32, torch.int64, torch.int32, torch.bool]:
+            raise ValueError(f"the compiled choice reads float32, int64, int32 and bool, not {types}")
+        if not all(each.is_contiguous() for each in (received, places, starts, protected)):
+            raise ValueError("the compiled choice reads tensors that lie in one piece")
         total, shape = len(places), protected.shape
         importance, keep = torch.empty(shape), torch.empty(shape, dtype=torch.bool)
         kept, kept_starts = torch.empty(2, total, dtype=torch.int64), torch.empty_like(starts)
