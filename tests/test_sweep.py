@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tokprune_exp import sweep
 from tokprune_exp.__main__ import main
 from tokprune_exp.config import config_directory, teacher_hash
-from tokprune_exp.sweep import Jobs, how_it_ended, objectives, one_of, planned_jobs, quoted, share_of_the_machine
+from tokprune_exp.sweep import Jobs, how_it_ended, in_quotes, objectives, one_of, planned_jobs, share_of_the_machine
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -113,6 +113,32 @@ def test_a_sweep_file_runs_its_jobs_below_its_own_folder(command, tmp_path):
     assert len(list((tmp_path / "multirun/adtp_retainers").glob("adtp-sst2-*/result.json"))) == 9
 
 
+@pytest.mark.parametrize(
+    ("arguments", "jobs"),
+    [
+        (["+sweep=frontier", "budget=0.3,0.6", "contender=ltp"], [["ltp", "0.3"], ["ltp", "0.6"]]),
+        (["contender=ltp,adtp", "+sweep=frontier", "budget=0.3"], [["ltp", "0.3"], ["adtp", "0.3"]]),
+    ],
+)
+def test_values_beside_a_sweep_file_take_the_place_of_its_own(command, tmp_path, arguments, jobs):
+    code, _ = command(*arguments, "seed=5")
+    assert code == 0
+    plan = json.loads((tmp_path / "multirun/frontier/sweep.json").read_text())
+    expected = [
+        [f"contender={contender}", f"budget={budget}", "+sweep=frontier", "seed=5"] for contender, budget in jobs
+    ]
+    assert plan["jobs"] == expected
+    assert started(tmp_path) == [5] * len(jobs)
+
+
+def test_a_setting_below_a_group_is_replaced_as_well_and_what_the_file_does_not_vary_is_added(command, tmp_path):
+    code, _ = command("+sweep=adtp_alpha", "loss.alpha=0.1,0.9", "seed=4")
+    assert code == 0
+    plan = json.loads((tmp_path / "multirun/adtp_alpha/sweep.json").read_text())
+    assert plan["jobs"] == [[f"loss.alpha={alpha}", "+sweep=adtp_alpha", "seed=4"] for alpha in ("0.1", "0.9")]
+    assert started(tmp_path) == [4, 4]
+
+
 def test_a_mistake_in_one_job_is_said_before_anything_starts_and_the_others_run(command, tmp_path):
     code, told = command("-m", "+method=ltp", "retainer.temperature=0.001,hot", "seed=0", "hydra.sweep.dir=found")
     assert code == 2
@@ -185,7 +211,15 @@ def test_a_search_has_no_list_of_jobs_beforehand():
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", "a,b=c", "[x]"])
 def test_a_folder_of_any_name_reaches_the_job(name, tmp_path):
     place = tmp_path / name
-    asked = [sys.executable, "-m", "tokprune_exp", "+method=finetune", f"run_dir={quoted(place)}", "--cfg", "job"]
+    asked = [
+        sys.executable,
+        "-m",
+        "tokprune_exp",
+        "+method=finetune",
+        f"run_dir={in_quotes(str(place))}",
+        "--cfg",
+        "job",
+    ]
     done = subprocess.run(asked, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True)
     assert OmegaConf.create(done.stdout).run_dir == str(place)
 

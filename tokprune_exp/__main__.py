@@ -25,7 +25,7 @@ from tokprune_exp.config import (
     unknown_key,
 )
 from tokprune_exp.errors import UserError
-from tokprune_exp.sweep import Job, Jobs, objectives, report, run_job
+from tokprune_exp.sweep import Job, Jobs, objectives, report, run_job, with_values
 
 USER_ERROR, ANY_OTHER_ERROR = 2, 1
 """Exit codes."""
@@ -82,6 +82,7 @@ def one_of_a_sweep(cfg: DictConfig, settings: Any) -> tuple[float, float] | None
 
 def main() -> None:
     """Run the command line; every mistake in it is answered by one line and exit code 2."""
+    sys.argv[1:] = with_values(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it can be said better here
     try:
         job()

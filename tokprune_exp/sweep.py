@@ -29,6 +29,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tokprune_exp.config import sweep_directory
+
 COMMAND = [sys.executable, "-m", "tokprune_exp"]
 POLL_S = 0.5
 
@@ -61,6 +63,29 @@ class Jobs(Callback):
             print(f"sweep of {len(planned)} jobs in {sweep}", flush=True)
 
 
+def with_values(arguments: list[str]) -> list[str]:
+    """Let values on the command line take the place of those that the file of `+sweep=NAME` varies.
+
+    `+sweep=frontier budget=0.3,0.6` then has the jobs of two budgets. Hydra itself would add them to the file's: each
+    of its six budgets would be composed twice and be overridden both times.
+    """
+    name = next((one.removeprefix("+sweep=") for one in arguments if one.startswith("+sweep=")), None)
+    file = sweep_directory() / "sweep" / f"{name}.yaml"
+    if not file.is_file() or "hydra.mode=RUN" in arguments:  # the second is a job of a sweep
+        return arguments
+    varied = OmegaConf.load(file).hydra.sweeper.params
+    return [
+        f"hydra.sweeper.params={{{key}:{in_quotes(values)}}}" if key in varied else one
+        for one in arguments
+        for key, _, values in [one.partition("=")]
+    ]
+
+
+def in_quotes(values: str) -> str:
+    """Write a text as a string of Hydra's grammar."""
+    return "'" + values.replace("'", "\\'") + "'"
+
+
 def planned_jobs(config: DictConfig) -> list[list[str]]:
     """Return the overrides of every job; nothing where the sweeper makes them up as it goes (Optuna)."""
     if config.hydra.sweeper._target_.rpartition(".")[2] != "BasicSweeper":
@@ -91,7 +116,11 @@ def run_job(job: Job, sweep: Path, launcher: DictConfig, config_hash: str) -> in
 
 def run_alone(job: Job, sweep: Path, threads: int | None, is_shown: bool) -> int:
     """Start the command line for this job alone and wait; its output is shown, or written to job.log in its folder."""
-    place = f"run_dir={quoted(job.directory)}", f"shared_dir={quoted(sweep / 'shared')}", "hydra.mode=RUN"
+    place = (
+        f"run_dir={in_quotes(str(job.directory))}",
+        f"shared_dir={in_quotes(str(sweep / 'shared'))}",
+        "hydra.mode=RUN",
+    )
     command = [*COMMAND, *job.overrides, *place]
     environment = dict(os.environ)
     if threads is not None:
@@ -101,11 +130,6 @@ def run_alone(job: Job, sweep: Path, threads: int | None, is_shown: bool) -> int
     job.directory.mkdir(parents=True, exist_ok=True)
     with (job.directory / "job.log").open("w") as log:
         return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
-
-
-def quoted(path: Path) -> str:
-    """Write a path as Hydra's grammar wants it."""
-    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def title(job: Job, sweep: Path) -> str:
