@@ -189,6 +189,8 @@ def test_a_method_that_prunes_nothing_reports_the_dense_model_alone(
     fields = measure(Finetune(models[1], ["accuracy"], torch.optim.AdamW), data, FEW)
     assert set(fields["by_length"]) == {"dense"}
     assert len(fields["by_length"]["dense"]) == 4
+    answers = evaluate(models[1], data.evaluation_batches(), ["accuracy"], 64).logits.argmax(1).tolist()
+    assert fields["commonest_answer"] == pytest.approx(max(map(answers.count, answers)) / len(answers))
 
 
 def cost(before: int, after: int, dim: int = 8, ff_dim: int = 32) -> int:

@@ -504,6 +504,13 @@ def test_the_summary_ends_with_the_path_of_everything_that_was_written(tmp_path:
     assert printed.rstrip().endswith(f"Written:\n  {tmp_path / 'csv'}/\n  {tmp_path / 'result.json'}")
 
 
+@pytest.mark.parametrize(("share", "is_told"), [(1.0, True), (0.99, False)])
+def test_a_model_that_answers_alike_to_every_text_is_pointed_out(tmp_path: Path, share: float, is_told: bool) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_summary({**RESULT, "commonest_answer": share}, tmp_path, console)
+    assert ("All texts got the same answer" in console.export_text()) is is_told
+
+
 # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tokprune_exp.attribution import Attribution
@@ -65,6 +66,8 @@ def measure(
     flops["fvcore_forwards_equal"] = check_flops(model, alone_and_together)
     fields: dict[str, Any] = {"metrics": metrics, "by_length": by_length, "flops": flops}
 
+    if result.logits.shape[1] > 1:
+        fields["commonest_answer"] = commonest_answer(result.logits)
     if model.pruning is not None:
         fields["latency"] = latency(model.to(device), split, settings, device)
         if isinstance(model.pruning.scorer, TokenSaliency) and attribution is not None:
@@ -82,6 +85,11 @@ def measure(
         if isinstance(method, StudentModule):
             flops["share_asked"] = method.budget
     return fields
+
+
+def commonest_answer(logits: Float[Tensor, "examples classes"]) -> float:
+    """Compute the share of the texts that got the label which was answered most often."""
+    return float(logits.argmax(1).bincount().max() / len(logits))
 
 
 def sample(split: EncodedSplit, examples: int) -> Tensor:

@@ -32,6 +32,7 @@ class RunRecord:
         started finished wall_seconds {total, stages {<stage>}}
         metrics {dense, unpruned, pruned} of {<metric>}
         by_length {dense, pruned} of [a row per quartile of the lengths: evaluation.quartiles]
+        commonest_answer share of the texts that got the label which was answered most often
         flops {FlopsReport.summary}   latency [compare_latency rows]   saliency {spearman, mse}   data {…}
         findings {what a stage found out; ltp: binarisation {soft, hard} of {<metric>, cost_share}
                   sttabt: approximation {untrained, distilled} of {kl, mse}}

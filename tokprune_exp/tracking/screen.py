@@ -36,6 +36,12 @@ def print_summary(result: Mapping[str, Any], directory: Path, console: Console |
     """Print the table and the path of everything that lies in the run's directory."""
     console = console or Console()
     console.print(summary_table(result))
+    if result.get("commonest_answer") == 1:
+        console.print(
+            "All texts got the same answer: this model has not learned to tell them apart. More epochs, more training "
+            "texts or a larger budget may help.",
+            style="bold",
+        )
     console.print("Written:")
     for path in sorted(directory.iterdir()):
         console.print(f"  {path}{'/' if path.is_dir() else ''}", soft_wrap=True, highlight=False)
