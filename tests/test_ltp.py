@@ -585,6 +585,16 @@ def test_at_a_vanishing_temperature_the_soft_cost_of_straight_through_is_what_th
     assert soft == pytest.approx(cost_share(model, [batch]), rel=1e-5)
 
 
+@pytest.mark.parametrize("relaxation", ["soft", "straight_through"])
+def test_the_cost_teaches_the_thresholds_and_not_the_weights(
+    relaxation: str, random_classifier: Build, ragged_batch: Build
+) -> None:
+    model = ltp_model(random_classifier, relaxation=relaxation)
+    soft_cost_share(model, relaxed(model, ragged_batch(model, LENGTHS)).trace).backward()
+    taught = {name for name, one in model.named_parameters() if one.grad is not None and one.grad.any()}
+    assert taught == {"pruning.retainer.offset"}
+
+
 # Gathered equals masked
 
 PRUNED = {

@@ -17,7 +17,8 @@ class Decision:
     """What a pruning decided at one place: importances, the tokens to keep, and how the choice can be learned.
 
     `gate` equals `keep` in value and carries gradients (straight-through). `ratio_logits` are an adaptive retainer's.
-    `soft` is a mask between 0 and 1: without a gate, the layer's output is multiplied by it (LTP, eq. 12).
+    `soft` is a mask between 0 and 1: without a gate, the layer's output is multiplied by it (LTP, eq. 12). `priced`
+    equals it in value and gives gradients to the thresholds alone: with it a budget is priced.
     `threshold` is what the importance had to exceed, where one was in force.
     """
 
@@ -26,6 +27,7 @@ class Decision:
     gate: Float[Tensor, "batch tokens"] | None = None
     ratio_logits: Float[Tensor, "batch ratios"] | None = None
     soft: Float[Tensor, "batch tokens"] | None = None
+    priced: Float[Tensor, "batch tokens"] | None = None
     threshold: Float[Tensor, ""] | float | None = None
 
 

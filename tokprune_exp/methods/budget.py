@@ -49,6 +49,9 @@ def soft_cost(model: PrunedClassifier, trace: PruningTrace) -> Float[Tensor, ""]
 
     Layer by layer (LTP) a token passes layer l with probability M̃^l, so Σ_i Π_{k≤l} M̃^k_i tokens leave it. In a plan
     (STTABT) the masks say what is there: Σ m^l keys, Σ m^{l+1} queries and outputs.
+
+    The gradient reaches the thresholds alone. Weights that it reached would learn attention that looks cheap: every
+    token a little below its threshold, none of them gone, until the step to hard masks (docs/ltp.md).
     """
     assert model.pruning is not None
     shape, alive = model.encoder.shape, trace.valid.float()
@@ -59,7 +62,8 @@ def soft_cost(model: PrunedClassifier, trace: PruningTrace) -> Float[Tensor, ""]
     for layer in trace.layers:
         before = alive.sum(1)
         if layer.decision is not None and layer.decision.soft is not None:
-            alive = layer.decision.soft if is_plan else alive * layer.decision.soft
+            soft = layer.decision.soft if layer.decision.priced is None else layer.decision.priced
+            alive = soft if is_plan else alive * soft
         queries = alive.sum(1) if is_plan else before
         cost = cost + layer_macs(shape.dim, shape.ff_dim, before, queries, alive.sum(1)).sum()
     return cost

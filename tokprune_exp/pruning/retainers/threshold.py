@@ -109,12 +109,16 @@ class LearnedThreshold(Relaxable, ManualThreshold):
         hard = super().forward(importance, hidden, layout, layer)
         if not self.is_relaxed:
             return hard
+        soft, priced = self.mask(importance, layout, layer), self.mask(importance.detach(), layout, layer)
+        if self.relaxation == "straight_through":
+            return replace(hard, gate=hard.keep + (soft - soft.detach()), soft=soft, priced=priced)
+        return replace(hard, keep=layout.alive, soft=soft, priced=priced)
+
+    def mask(self, importance: Float[Tensor, "batch grid"], layout: Layout, layer: int) -> Float[Tensor, "batch grid"]:
+        """Compute M̃^l; 1 for tokens that always stay, 0 for those that are gone."""
         prunable, protected = prunable_and_protected(layout)
         above = ((importance - self.thresholds[layer]) / self.temperature).sigmoid()
-        soft = torch.where(prunable, above, protected.to(above.dtype))
-        if self.relaxation == "straight_through":
-            return replace(hard, gate=hard.keep + (soft - soft.detach()), soft=soft)
-        return replace(hard, keep=layout.alive, soft=soft)
+        return torch.where(prunable, above, protected.to(above.dtype))
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim` and `layers`."""
