@@ -24,7 +24,7 @@ from tokprune_exp.curves.page import write_page
 from tokprune_exp.curves.points import Point, Spread, collect, pareto_front, staircase
 from tokprune_exp.curves.published import published_panels, read_published
 from tokprune_exp.curves.read import LeftOut, read_run, read_runs
-from tokprune_exp.curves.style import caption
+from tokprune_exp.curves.style import caption, evenly_spaced
 from tokprune_exp.curves.tables import rows, screen_table
 from tokprune_exp.curves.wandb_run import log_to_wandb
 from tokprune_exp.errors import UserError
@@ -531,6 +531,46 @@ def test_the_caption_says_convention_seeds_and_examples(sweep, tmp_path):
     assert "several machines, so points are not comparable" in words
 
 
+@pytest.fixture
+def by_weight(tmp_path):
+    """One method at one cost by a weight of several magnitudes, and by a second setting."""
+    for k in ("0.1", "0.4"):
+        for weight, value in {"0.0": 0.80, "1e-3": 0.84, "10.0": 0.82}.items():
+            write_result(
+                tmp_path / "weights",
+                f"{k}-{weight}",
+                overrides=[f"loss.lam={weight}", f"retainer.k={k}"],
+                metrics=pruned(value + float(k) / 10),
+            )
+    return tmp_path / "weights"
+
+
+def test_against_a_setting_there_is_no_front_and_the_points_stand_in_its_order(by_weight, tmp_path):
+    axis = axis_named("loss.lam", read_runs([by_weight])[0])
+    task = the_task(by_weight, axis, by=["retainer.k"])
+    assert [curve.label for curve in task.curves] == ["ltp · retainer.k=0.1", "ltp · retainer.k=0.4"]
+    assert [point.costs["loss.lam"].mean for point in task.curves[0].points] == [0, 1e-3, 10]
+    assert [round(point.metric.mean, 6) for point in task.curves[0].points] == [81, 85, 83]
+    assert not any(point.on_front or point.on_method_front for point in task.points)
+    assert caption(task) == (
+        "Points by loss.lam. One seed per point, 872 evaluated examples. "
+        "They cost 50.0 % of the unpruned FLOPs, unpadded."
+    )
+    write_figure(tmp_path / "one.png", task, ["ltp"], "weights")
+    assert png_size(tmp_path / "one.png")[0] == 1020
+    write_page(tmp_path / "page.html", [task], None, ["ltp"], [], "Weights")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "loss.lam (not to scale)" in page and '"ticktext":["0","0.001","10"]' in page
+    assert "Pareto front of all" not in page.partition("<body>")[2]
+
+
+def test_values_of_one_magnitude_are_drawn_to_scale_and_costs_always(by_weight, sweep):
+    runs = read_runs([by_weight])[0]
+    assert evenly_spaced(the_task(by_weight, axis_named("loss.lam", runs), by=["retainer.k"])) == [0, 1e-3, 10]
+    assert evenly_spaced(the_task(by_weight, axis_named("retainer.k", runs), by=["loss.lam"])) == []
+    assert evenly_spaced(the_task(sweep)) == []
+
+
 def test_the_wandb_run_holds_the_table_the_figure_and_the_curves(sweep, tmp_path, monkeypatch):
     for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
@@ -573,6 +613,7 @@ def test_the_wandb_run_holds_the_table_the_figure_and_the_curves(sweep, tmp_path
         (["{empty}/nothing"], "{empty}/nothing is no directory; name the directory of a sweep"),
         (["{sweep}", "--x", "flops"], "--x flops: there is no such axis; choose from flops_share, "),
         (["{sweep}", "--x", "speedup@7"], "--x speedup@7: no result holds a value for it"),
+        (["{sweep}", "--x", "method"], "--x method: there is no such axis; choose from flops_share, "),
         (["{sweep}", "--metric", "f1"], "none of the results below {sweep} can be drawn: adtp-0.25-0: completed, but"),
         (["{running}"], "none of the results below {running} can be drawn: one: running"),
         (["{sweep}", "--output", "{file}"], "--output {file} cannot be made: File exists"),

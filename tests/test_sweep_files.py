@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tokprune_exp.config import check_config, config_directory, instantiate, sweep_directory
+from tokprune_exp.curves.axes import AXES
 from tokprune_exp.encoder.encoder import EncoderShape, PrunedEncoder
 from tokprune_exp.head import Head
 from tokprune_exp.model import PrunedClassifier
@@ -71,6 +72,8 @@ def test_a_header_says_what_from_where_how_and_at_what_cost(file):
     drawn = re.findall(r"multirun/(\w+)", said["Draw"])
     assert set(drawn) <= {sweep.stem for sweep in SWEEPS}
     assert file.stem in drawn or "snippet" in said["Draw"]
+    along = re.findall(r"--(?:x|by) ([\w.]+)", said["Draw"])
+    assert set(along) <= {*varied(file), *(axis.key for axis in AXES)}
     assert max(map(len, file.read_text(encoding="utf-8").splitlines())) <= 120
 
 

@@ -39,12 +39,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         prog="python -m tokprune_exp.curves",
         description="Draw accuracy against FLOPs from the result.json files of sweeps, with Pareto fronts.",
         epilog=f"--x: flops_share (default), gflops_per_example, reduction_unpadded, reduction_padded, "
-        f"reduction_ltp_convention, retention, or {SPEEDUP}N: the measured speed-up at batch size N.",
+        f"reduction_ltp_convention, retention, {SPEEDUP}N (the measured speed-up at batch size N), or a setting "
+        f"whose values are numbers, such as loss.alpha.",
     )
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP_DIR", help="searched for result.json, any depth")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: curves/ in the first SWEEP_DIR")
     parser.add_argument("--metric", metavar="NAME", help="default: the first metric of each task")
-    parser.add_argument("--x", default="flops_share", metavar="KEY", help="what a point costs")
+    parser.add_argument("--x", default="flops_share", metavar="KEY", help="what a point costs, or a setting")
     parser.add_argument("--by", nargs="+", default=[], metavar="KEY", help="settings that make curves of their own")
     parser.add_argument("--published", action="store_true", help="also the papers' points, under their own conventions")
     parser.add_argument("--wandb", choices=["offline", "online", "none"], default="offline")
@@ -58,8 +59,8 @@ def curves(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: there is no usable result, no such axis, or nothing can be written.
     """
-    axis = axis_named(arguments.x)
     runs, left_out = read_runs(arguments.sweeps)
+    axis = axis_named(arguments.x, runs)
     tasks, without_points = collect(runs, axis, arguments.metric, arguments.by)
     left_out += without_points
     if not tasks:

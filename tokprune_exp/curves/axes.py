@@ -1,5 +1,6 @@
-"""What a point costs, convention by convention, and the units in which metrics are shown."""
+"""What a point costs, convention by convention, or how it was set, and the units in which metrics are shown."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ SPEEDUP = "speedup@"
 
 @dataclass(frozen=True)
 class Axis:
-    """One way to say what a pruned model costs."""
+    """One way to say what a pruned model costs, or a setting that it was trained with."""
 
     key: str
     label: str
@@ -33,6 +34,8 @@ class Axis:
     of_dense: Callable[[Run], float | None]
     """The same for the unpruned student."""
     larger_is_cheaper: bool = False
+    is_cost: bool = True
+    """Whether accuracy is paid with it, so that there is a Pareto front; with a setting it is not."""
 
     @property
     def sign(self) -> int:
@@ -119,8 +122,21 @@ def speedup_axis(batch_size: int) -> Axis:
     )
 
 
-def axis_named(key: str) -> Axis:
-    """The axis of `--x KEY`.
+def setting_axis(key: str) -> Axis:
+    """A setting whose values are numbers, such as loss.alpha."""
+
+    def value(run: Run) -> float | None:
+        try:
+            number = float(run.settings.get(key, ""))
+        except ValueError:
+            return None
+        return number if math.isfinite(number) else None
+
+    return Axis(key, key, f"Points by {key}", value, lambda run: None, is_cost=False)
+
+
+def axis_named(key: str, runs: Sequence[Run] = ()) -> Axis:
+    """The axis of `--x KEY`: a cost, or a setting that some of the runs have.
 
     Raises:
         UserError: there is none of this name.
@@ -130,8 +146,13 @@ def axis_named(key: str) -> Axis:
     for axis in AXES:
         if axis.key == key:
             return axis
+    if any(key in run.settings for run in runs):
+        return setting_axis(key)
     names = ", ".join(axis.key for axis in AXES)
-    raise UserError(f"--x {key}: there is no such axis; choose from {names}, {SPEEDUP}N with a batch size N")
+    raise UserError(
+        f"--x {key}: there is no such axis; choose from {names}, {SPEEDUP}N with a batch size N, or a setting that "
+        f"these runs vary, such as budget or loss.alpha"
+    )
 
 
 def all_axes(runs: Sequence[Run]) -> list[Axis]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tokprune_exp.curves.axes import metric_label
-from tokprune_exp.curves.points import TaskCurves, staircase
+from tokprune_exp.curves.points import Point, TaskCurves, staircase
 from tokprune_exp.curves.published import Panel
 from tokprune_exp.curves.style import (
     DENSE,
@@ -18,7 +18,9 @@ from tokprune_exp.curves.style import (
     FRONT_LABEL,
     MARKERS,
     PALETTE,
+    axis_label,
     caption,
+    evenly_spaced,
     method_fronts,
     reference_label,
     styles,
@@ -49,7 +51,11 @@ LOOK: Any = {
 def write_figure(path: Path, task: TaskCurves, methods: Sequence[str], title: str) -> None:
     """Draw one task into a PNG."""
     with matplotlib.rc_context(LOOK):
-        names = [FRONT_LABEL, *(curve.label for curve in task.curves), *(r.label for r in task.references)]
+        names = [
+            *([FRONT_LABEL] if task.axis.is_cost else []),
+            *(curve.label for curve in task.curves),
+            *(r.label for r in task.references),
+        ]
         words = textwrap.fill(caption(task), 80)
         height = 2.5 + 0.14 * -(-len(names) // legend_columns(names)) + 0.1 * (words.count("\n") + 1)
         figure = Figure(figsize=(COLUMN_INCHES, height), dpi=DPI, layout="constrained")
@@ -91,27 +97,39 @@ def write_published_figure(
 
 
 def draw_ours(axes: Any, task: TaskCurves, methods: Sequence[str]) -> None:
-    """Points with their spread over seeds, fronts as step lines, dense references as dashed lines."""
+    """Points with their spread over seeds, fronts as step lines, dense references as dashed lines.
+
+    Against a setting there is no front: lines join the points of a curve.
+    """
     axis, x = task.axis, task.axis.key
-    front = [point for point in task.points if point.on_front]
-    axes.plot(*staircase(front, axis), color=FRONT, linewidth=3.5, label=FRONT_LABEL, zorder=1)
     its_styles = styles(task, methods)
     colour_of = {curve.label: style.colour for curve, style in zip(task.curves, its_styles, strict=True)}
-    for curve, points in method_fronts(task):
-        axes.plot(*staircase(points, axis), color=colour_of[curve.label], linewidth=0.8, zorder=2)
+    if axis.is_cost:
+        front = [point for point in task.points if point.on_front]
+        axes.plot(*staircase(front, axis), color=FRONT, linewidth=3.5, label=FRONT_LABEL, zorder=1)
+        for curve, points in method_fronts(task):
+            axes.plot(*staircase(points, axis), color=colour_of[curve.label], linewidth=0.8, zorder=2)
+    spaced = evenly_spaced(task)
+
+    def place(point: Point) -> float:
+        return float(spaced.index(point.costs[x].mean)) if spaced else point.costs[x].mean
+
+    if spaced:
+        axes.set_xticks(range(len(spaced)), [f"{value:g}" for value in spaced])
     for curve, style in zip(task.curves, its_styles, strict=True):
         axes.plot([], [], style.marker, color=style.colour, markersize=4, label=curve.label)
-        for point in curve.points:
-            if x not in point.costs:
-                continue
+        placed = [point for point in curve.points if x in point.costs]
+        if not axis.is_cost:
+            axes.plot([*map(place, placed)], [point.metric.mean for point in placed], color=style.colour, zorder=2)
+        for point in placed:
             axes.errorbar(
-                point.costs[x].mean,
+                place(point),
                 point.metric.mean,
                 xerr=point.costs[x].std,
                 yerr=point.metric.std,
                 fmt=style.marker,
                 color=style.colour,
-                markerfacecolor=style.colour if point.on_method_front else "white",
+                markerfacecolor=style.colour if point.on_method_front or not axis.is_cost else "white",
                 markersize=4,
                 elinewidth=0.8,
                 capsize=1.5,
@@ -129,7 +147,7 @@ def draw_ours(axes: Any, task: TaskCurves, methods: Sequence[str]) -> None:
         )
         if x in reference.costs and reference.size == 1:  # a larger teacher would push the curves into a corner
             axes.plot(reference.costs[x], reference.metric.mean, "*", color=DENSE, markersize=6, zorder=2.5)
-    axes.set_xlabel(axis.label)
+    axes.set_xlabel(axis_label(task))
     axes.set_ylabel(metric_label(task.metric))
     axes.margins(0.06)
 

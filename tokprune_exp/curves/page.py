@@ -18,7 +18,9 @@ from tokprune_exp.curves.style import (
     FRONT_LABEL,
     MARKERS,
     PALETTE,
+    axis_label,
     caption,
+    evenly_spaced,
     in_unit,
     method_fronts,
     reference_label,
@@ -83,11 +85,14 @@ def as_div(figure: Any, name: str) -> str:
 def task_figure(task: TaskCurves, methods: Sequence[str]) -> Any:
     """The interactive picture of one task; the same as the PNG, with what a point is in its hover text."""
     figure, axis, x = go.Figure(), task.axis, task.axis.key
-    xs, ys = staircase([point for point in task.points if point.on_front], axis)
-    figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": FRONT, "width": 7}, name=FRONT_LABEL, hoverinfo="skip")
+    if axis.is_cost:
+        xs, ys = staircase([point for point in task.points if point.on_front], axis)
+        line = {"color": FRONT, "width": 7}
+        figure.add_scatter(x=xs, y=ys, mode="lines", line=line, name=FRONT_LABEL, hoverinfo="skip")
+    spaced = evenly_spaced(task)
     its_styles = styles(task, methods)
     colour_of = {curve.label: style.colour for curve, style in zip(task.curves, its_styles, strict=True)}
-    for curve, points in method_fronts(task):
+    for curve, points in method_fronts(task) if axis.is_cost else ():
         xs, ys = staircase(points, axis)
         line = {"color": colour_of[curve.label], "width": 1.5}
         figure.add_scatter(
@@ -99,14 +104,15 @@ def task_figure(task: TaskCurves, methods: Sequence[str]) -> Any:
         marker = {"color": style.colour, "symbol": style.symbol, "size": 10}
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, **group)  # in the legend never hollow
         figure.add_scatter(
-            x=[point.costs[x].mean for point in points],
+            x=[spaced.index(point.costs[x].mean) if spaced else point.costs[x].mean for point in points],
             y=[point.metric.mean for point in points],
             error_x=error_bars([point.costs[x].std for point in points], style.colour),
             error_y=error_bars([point.metric.std for point in points], style.colour),
-            mode="markers",
+            mode="markers" if axis.is_cost else "lines+markers",
+            line={"color": style.colour, "width": 1.5},
             marker={
                 **marker,
-                "color": [style.colour if point.on_method_front else "#FFFFFF" for point in points],
+                "color": [style.colour if point.on_method_front or not axis.is_cost else "#FFFFFF" for point in points],
                 "line": {"color": style.colour, "width": 2},
             },
             showlegend=False,
@@ -129,7 +135,9 @@ def task_figure(task: TaskCurves, methods: Sequence[str]) -> Any:
             hovertext=[name],
             hoverinfo="text",
         )
-    lay_out(figure, escape(axis.label), escape(metric_label(task.metric)), 520)
+    lay_out(figure, escape(axis_label(task)), escape(metric_label(task.metric)), 520)
+    if spaced:
+        figure.update_xaxes(tickvals=[*range(len(spaced))], ticktext=[f"{value:g}" for value in spaced])
     return figure
 
 

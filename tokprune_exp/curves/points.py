@@ -167,13 +167,14 @@ def task_curves(task: str, metric: str, runs: Sequence[Run], axis: Axis, by: Seq
     for run in runs:
         if run.method != "finetune":
             grouped[curve_key(run, by)].append(run)
-    axes = all_axes(runs)
+    axes = [*all_axes(runs), *([] if axis.is_cost else [axis])]
     curves = [
         Curve(method, backbone, dict(variant), points=points_of(its_runs, metric, axes, axis, by))
         for (method, backbone, variant), its_runs in sorted(grouped.items())
     ]
     label(curves)
-    mark_fronts(curves, axis)
+    if axis.is_cost:
+        mark_fronts(curves, axis)
     clocks = sorted({run.clock for run in runs if run.speedups and run.clock})
     return TaskCurves(task, metric, axis, curves, references(runs, metric, axes), clocks)
 

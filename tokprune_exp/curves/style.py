@@ -12,6 +12,8 @@ MARKERS = (("o", "circle"), ("s", "square"), ("^", "triangle-up"), ("D", "diamon
 """matplotlib's and plotly's names."""
 FRONT, DENSE = "#C8C8C8", "#404040"
 FRONT_LABEL = "Pareto front of all"
+WIDE = 20
+"""Ratio of a setting's largest to its smallest value from which on they are drawn side by side."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,20 @@ def lighter(colour: str, share: float) -> str:
     return "#" + "".join(f"{round(part + (255 - part) * share):02X}" for part in parts)
 
 
+def evenly_spaced(task: TaskCurves) -> list[float]:
+    """The values of a setting that differ in magnitude and are drawn side by side instead of to scale; else none."""
+    key = task.axis.key
+    values = sorted({point.costs[key].mean for point in task.points if key in point.costs})
+    magnitudes = [abs(value) for value in values if value]
+    wide = not task.axis.is_cost and bool(magnitudes) and max(magnitudes) >= WIDE * min(magnitudes)
+    return values if wide else []
+
+
+def axis_label(task: TaskCurves) -> str:
+    """The label of the axis that a task is drawn along."""
+    return f"{task.axis.label} (not to scale)" if evenly_spaced(task) else task.axis.label
+
+
 def method_fronts(task: TaskCurves) -> list[tuple[Curve, list[Point]]]:
     """For each method the curve whose colour its front has, and the points on it; none where there is one method."""
     methods = dict.fromkeys(curve.method for curve in task.curves)
@@ -70,7 +86,12 @@ def caption(task: TaskCurves) -> str:
     if task.axis.key.startswith(SPEEDUP) and task.clocks:
         where = task.clocks[0] if len(task.clocks) == 1 else "several machines, so points are not comparable"
         sentences.append(f"Measured on {where}.")
-    sentences.append("Steps: Pareto fronts. Hollow: dominated within its method.")
+    if task.axis.is_cost:
+        sentences.append("Steps: Pareto fronts. Hollow: dominated within its method.")
+    elif shares := [point.costs["flops_share"].mean for point in task.points if "flops_share" in point.costs]:
+        least, most = f"{min(shares):.1f}", f"{max(shares):.1f}"
+        range_of = least if least == most else f"{least} to {most}"
+        sentences.append(f"They cost {range_of} % of the unpruned FLOPs, unpadded.")
     return " ".join(sentences)
 
 

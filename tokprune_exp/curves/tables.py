@@ -97,16 +97,21 @@ def screen_table(task: TaskCurves) -> Table:
     name = METRIC_NAMES.get(task.metric, task.metric)
     table = Table(
         box=box.SIMPLE,
-        title=Text(f"{task.task}: {name}{f', {unit}' if unit else ''}; front along {task.axis.key}"),
+        title=Text(
+            f"{task.task}: {name}{f', {unit}' if unit else ''}; "
+            f"{'front along' if task.axis.is_cost else 'by'} {task.axis.key}"
+        ),
         caption=Text(
-            "n: seeds (dense: models)   FLOPs: % of the unpruned encoder, unpadded   ×: the inverse\n"
-            "* on the Pareto front of the task   + on that of its method"
+            "n: seeds (dense: models)   FLOPs: % of the unpruned encoder, unpadded   ×: the inverse"
+            + ("\n* on the Pareto front of the task   + on that of its method" if task.axis.is_cost else "")
         ),
     )
     table.add_column("curve", overflow="fold", min_width=16)
     table.add_column("settings", overflow="fold", min_width=18)
     costs = dict(SHOWN_COSTS)
-    if task.axis.key not in costs:  # the axis takes a column's place, so that the table stays as wide as it is
+    if (
+        task.axis.is_cost and task.axis.key not in costs
+    ):  # the axis takes a column's place, so that the table stays as wide as it is
         costs = {key: text for key, text in costs.items() if key != "reduction_padded"} | {task.axis.key: ("--x", 2)}
     for heading in ("n", "metric", *(heading for heading, _ in costs.values())):
         table.add_column(heading, justify="right", no_wrap=True)

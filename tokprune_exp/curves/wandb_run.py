@@ -61,7 +61,7 @@ def log_to_wandb(
 def log_curves(run: Any, task: TaskCurves) -> None:
     """One row of history per point, cheapest first, each curve a column of its own; dense metrics in the summary."""
     key = task.axis.key
-    x = f"{task.task}/{key}"
+    x = f"{task.task}/{plain(key)}"
     log_rows(
         run,
         x,
