@@ -67,6 +67,7 @@ class RunRecord:
             "wall_seconds": {"total": 0.0, "stages": {}},
             "metrics": {},
             "by_length": {},
+            "commonest_answer": None,
             "flops": {},
             "latency": [],
             "saliency": {},
