@@ -16,7 +16,16 @@ from omegaconf import OmegaConf
 from tokprune_exp import sweep
 from tokprune_exp.__main__ import main
 from tokprune_exp.config import config_directory, teacher_hash
-from tokprune_exp.sweep import Jobs, how_it_ended, in_quotes, objectives, one_of, planned_jobs, share_of_the_machine
+from tokprune_exp.sweep import (
+    Jobs,
+    how_it_ended,
+    in_quotes,
+    objectives,
+    one_of,
+    planned_jobs,
+    share_of_the_machine,
+    with_values,
+)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -129,6 +138,12 @@ def test_values_beside_a_sweep_file_take_the_place_of_its_own(command, tmp_path,
     ]
     assert plan["jobs"] == expected
     assert started(tmp_path) == [5] * len(jobs)
+
+
+@pytest.mark.parametrize("one_job", [["hydra.mode=RUN"], ["--cfg", "job"], ["-c", "job"]])
+def test_where_one_job_is_run_or_shown_its_values_stay_as_they_are(one_job):
+    arguments = ["+sweep=frontier", "contender=adtp", *one_job]
+    assert with_values(arguments) == arguments != with_values(arguments[:2])
 
 
 def test_a_setting_below_a_group_is_replaced_as_well_and_what_the_file_does_not_vary_is_added(command, tmp_path):

@@ -71,7 +71,8 @@ def with_values(arguments: list[str]) -> list[str]:
     """
     name = next((one.removeprefix("+sweep=") for one in arguments if one.startswith("+sweep=")), None)
     file = sweep_directory() / "sweep" / f"{name}.yaml"
-    if not file.is_file() or "hydra.mode=RUN" in arguments:  # the second is a job of a sweep
+    is_one_job = "hydra.mode=RUN" in arguments or not {"--cfg", "-c"}.isdisjoint(arguments)
+    if not file.is_file() or is_one_job:
         return arguments
     varied = OmegaConf.load(file).hydra.sweeper.params
     return [
