@@ -109,9 +109,8 @@ def screen_table(task: TaskCurves) -> Table:
     table.add_column("curve", overflow="fold", min_width=16)
     table.add_column("settings", overflow="fold", min_width=18)
     costs = dict(SHOWN_COSTS)
-    if (
-        task.axis.is_cost and task.axis.key not in costs
-    ):  # the axis takes a column's place, so that the table stays as wide as it is
+    if task.axis.is_cost and task.axis.key not in costs:
+        # the axis takes a column's place, so that the table stays as wide as it is
         costs = {key: text for key, text in costs.items() if key != "reduction_padded"} | {task.axis.key: ("--x", 2)}
     for heading in ("n", "metric", *(heading for heading, _ in costs.values())):
         table.add_column(heading, justify="right", no_wrap=True)
