@@ -50,8 +50,8 @@ def soft_cost(model: PrunedClassifier, trace: PruningTrace) -> Float[Tensor, ""]
     Layer by layer (LTP) a token passes layer l with probability M̃^l, so Σ_i Π_{k≤l} M̃^k_i tokens leave it. In a plan
     (STTABT) the masks say what is there: Σ m^l keys, Σ m^{l+1} queries and outputs.
 
-    The gradient reaches the thresholds alone: at small budgets a model whose weights it reached too did not recover
-    from the step to hard masks (docs/ltp.md).
+    Layer by layer the gradient reaches the thresholds alone: at small budgets a model whose weights it reached too did
+    not recover from the step to hard masks (docs/ltp.md).
     """
     assert model.pruning is not None
     shape, alive = model.encoder.shape, trace.valid.float()
