@@ -463,6 +463,87 @@ def test_the_command_writes_everything_and_says_where(sweep, tmp_path):
     assert "…/failed/result.json: failed: KeyError: x" in page
 
 
+def command(*arguments, cwd):
+    """Run the command line; without a W&B run."""
+    return subprocess.run(
+        [sys.executable, "-m", "tokprune_exp.curves", *map(str, arguments), "--wandb", "none"],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+def the_lines(table):
+    with table.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("options", [(), ("--by", "budget"), ("--x", "speedup@32")])
+def test_a_table_drawn_once_more_is_the_same_table(options, sweep, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert command(sweep, *options, "--output", first, cwd=tmp_path).returncode == 0
+    done = command(first / "curves.csv", *options, "--output", second, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (second / "curves.csv").read_text("utf-8") == (first / "curves.csv").read_text("utf-8")
+
+
+def test_new_runs_stand_beside_the_points_of_an_earlier_table_and_take_the_place_of_the_same_point(sweep, tmp_path):
+    earlier = tmp_path / "earlier"
+    assert command(sweep, "--output", earlier, cwd=tmp_path).returncode == 0
+    new = tmp_path / "new"
+    for method, budget, value in (("sttabt", 0.5, 0.95), ("ltp", 0.5, 0.97)):
+        overrides = [f"method={method}", f"budget={budget}"]
+        write_result(new, method, method=method, overrides=overrides, metrics=pruned(value))
+    assert command(new, earlier / "curves.csv", cwd=tmp_path).returncode == 0
+    lines = the_lines(new / "curves" / "curves.csv")
+    found = {(one["method"], one["settings"]): (float(one["metric_mean"]), one["metric_n"]) for one in lines}
+    assert found == {
+        ("dense", ""): (90.0, "1"),
+        ("adtp", "budget=0.25"): (pytest.approx(81), "3"),
+        ("adtp", "budget=0.5"): (pytest.approx(87), "3"),
+        ("ltp", "budget=0.25"): (pytest.approx(71), "3"),
+        ("ltp", "budget=0.5"): (pytest.approx(97), "1"),
+        ("sttabt", "budget=0.5"): (pytest.approx(95), "1"),
+    }
+    on_front = {(one["method"], one["settings"]) for one in lines if one["pareto_task"] == "1"}
+    assert on_front == {("adtp", "budget=0.25"), ("ltp", "budget=0.5")}
+
+
+def test_a_setting_of_an_earlier_table_is_an_axis_beside_new_runs(tmp_path):
+    for folder, alpha in (("old", 0.2), ("new", 0.8)):
+        write_result(tmp_path / folder, "one", overrides=["+method=adtp", f"loss.alpha={alpha}"], metrics=pruned(alpha))
+    assert command(tmp_path / "old", cwd=tmp_path).returncode == 0
+    table = tmp_path / "old" / "curves" / "curves.csv"
+    assert command(tmp_path / "new", table, "--x", "loss.alpha", cwd=tmp_path).returncode == 0
+    lines = the_lines(tmp_path / "new" / "curves" / "curves.csv")
+    assert [one["loss.alpha_mean"] for one in lines if one["method"] != "dense"] == ["0.2", "0.8"]
+
+
+def test_lines_of_a_table_that_hold_no_numbers_or_another_metric_are_named_and_left_out(sweep, tmp_path):
+    assert command(sweep, cwd=tmp_path).returncode == 0
+    lines = (sweep / "curves" / "curves.csv").read_text("utf-8").splitlines()
+    table = tmp_path / "table.csv"
+    dense, first, second, *_ = lines[1:]
+    broken = first.replace(",81.0,", ",nan,"), second.replace("accuracy", "matthews")
+    table.write_text("\n".join([lines[0], dense, *broken]) + "\n", "utf-8")
+    done = command(sweep, table, cwd=tmp_path)
+    assert done.returncode == 0 and "Left out: 2 of" in done.stdout
+    assert f"{table}: line 3: metric_mean=nan is no number" in done.stdout
+    assert f"{table}: line 4: its metric is matthews, not accuracy" in done.stdout
+
+
+def test_a_table_alone_needs_a_place_and_no_other_file_is_taken_for_a_table(sweep, tmp_path):
+    assert command(sweep, cwd=tmp_path).returncode == 0
+    done = command(sweep / "curves" / "curves.csv", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--output DIR" in done.stderr
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n", "utf-8")
+    for file, said in ((other, "is no curves.csv: it has no column task"), (tmp_path / "no.csv", "cannot be read")):
+        done = command(sweep, file, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
+
+
 class Links(HTMLParser):
     """Everything that a page would load, and its elements' names."""
 

@@ -2,6 +2,7 @@
 
     python -m tokprune_exp.curves multirun/NAME
     python -m tokprune_exp.curves multirun/NAME outputs --x reduction_padded --published --output results
+    python -m tokprune_exp.curves multirun/NEW OLD/curves.csv    # beside the points of an earlier table
 
 Nothing heavy is imported before the results are read, so that a mistake is answered at once.
 """
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tokprune_exp.curves.axes import SPEEDUP, axis_named
+from tokprune_exp.curves.earlier import read_tables, with_earlier
 from tokprune_exp.curves.points import TaskCurves, collect
 from tokprune_exp.curves.published import published_panels
 from tokprune_exp.curves.read import LeftOut, read_runs
@@ -42,7 +44,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         f"reduction_ltp_convention, retention, {SPEEDUP}N (the measured speed-up at batch size N), or a setting "
         f"whose values are numbers, such as loss.alpha.",
     )
-    parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP_DIR", help="searched for result.json, any depth")
+    parser.add_argument(
+        "sources",
+        type=Path,
+        nargs="+",
+        metavar="SWEEP_DIR",
+        help="searched for result.json, any depth; or a curves.csv whose points are drawn as well",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: curves/ in the first SWEEP_DIR")
     parser.add_argument("--metric", metavar="NAME", help="default: the first metric of each task")
     parser.add_argument("--x", default="flops_share", metavar="KEY", help="what a point costs, or a setting")
@@ -59,17 +67,23 @@ def curves(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: there is no usable result, no such axis, or nothing can be written.
     """
-    runs, left_out = read_runs(arguments.sweeps)
+    tables = [source for source in arguments.sources if source.suffix == ".csv"]
+    sweeps = [source for source in arguments.sources if source not in tables]
+    if not sweeps and arguments.output is None:
+        raise UserError("there are tables only: say with --output DIR where the new ones are to be written")
+    runs, left_out = read_runs(sweeps)
+    earlier = read_tables(tables)
     axis = axis_named(arguments.x, runs)
     tasks, without_points = collect(runs, axis, arguments.metric, arguments.by)
-    left_out += without_points
+    tasks, unusable_lines = with_earlier(tasks, earlier, axis, arguments.metric)
+    left_out += without_points + unusable_lines
     if not tasks:
-        raise UserError(nothing_usable(arguments.sweeps, left_out))
+        raise UserError(nothing_usable(arguments.sources, left_out))
     if not any(axis.key in point.costs for task in tasks for point in task.points):
         raise UserError(f"--x {axis.key}: no result holds a value for it")
     check_installed("matplotlib", "plotly")
-    group = group_name(arguments.sweeps)
-    output = writable(arguments.output or arguments.sweeps[0] / "curves")
+    group = group_name(sweeps or [arguments.output])
+    output = writable(arguments.output or sweeps[0] / "curves")
     console = Console(width=WIDTH, highlight=False)
     for task in tasks:
         console.print(screen_table(task))
@@ -80,7 +94,7 @@ def curves(arguments: argparse.Namespace) -> None:
     if arguments.wandb != "none" and not is_installed("wandb"):
         console.print("wandb is not installed, so there is no W&B run.")
     if left_out:
-        console.print(Text(f"Left out: {len(left_out)} of the result.json files found."))
+        console.print(Text(f"Left out: {len(left_out)} of the results found."))
         for each in left_out:
             console.print(Text(f"  {each.path}: {each.why}"), soft_wrap=True)
     console.print("Written:")

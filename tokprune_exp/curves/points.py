@@ -203,6 +203,11 @@ def points_of(runs: Sequence[Run], metric: str, axes: Iterable[Axis], axis: Axis
                 examples=None if known is None else int(known),
             )
         )
+    return sorted_by_cost(points, axis)
+
+
+def sorted_by_cost(points: Iterable[Point], axis: Axis) -> list[Point]:
+    """Cheapest first; points without a cost last."""
     return sorted(
         points, key=lambda point: axis.sign * point.costs[axis.key].mean if axis.key in point.costs else math.inf
     )
