@@ -510,6 +510,21 @@ def test_new_runs_stand_beside_the_points_of_an_earlier_table_and_take_the_place
     assert on_front == {("adtp", "budget=0.25"), ("ltp", "budget=0.5")}
 
 
+def test_dense_models_of_new_runs_and_of_an_earlier_table_are_one_reference(tmp_path):
+    """Their mean and spread are what they are when all runs are drawn together."""
+    write_result(tmp_path / "old", "one", overrides=["budget=0.3"], metrics=pruned(0.7))
+    write_result(tmp_path / "old", "two", overrides=["budget=0.5"], metrics=pruned(0.8, dense=0.94))
+    write_result(tmp_path / "new", "one", overrides=["budget=0.4"], metrics=pruned(0.75, dense=0.95))
+    assert command(tmp_path / "old", cwd=tmp_path).returncode == 0
+    table = tmp_path / "old" / "curves" / "curves.csv"
+    assert command(tmp_path / "new", table, "--output", tmp_path / "both", cwd=tmp_path).returncode == 0
+    assert command(tmp_path / "new", tmp_path / "old", "--output", tmp_path / "at once", cwd=tmp_path).returncode == 0
+    ours, at_once = (the_lines(tmp_path / name / "curves.csv")[0] for name in ("both", "at once"))
+    for name in ("mean", "std", "min", "max", "n"):
+        assert float(ours[f"metric_{name}"]) == pytest.approx(float(at_once[f"metric_{name}"]))
+    assert ours["metric_n"] == "3"
+
+
 def test_a_setting_of_an_earlier_table_is_an_axis_beside_new_runs(tmp_path):
     for folder, alpha in (("old", 0.2), ("new", 0.8)):
         write_result(tmp_path / folder, "one", overrides=["+method=adtp", f"loss.alpha={alpha}"], metrics=pruned(alpha))

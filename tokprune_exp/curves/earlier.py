@@ -91,10 +91,7 @@ def _add(task: TaskCurves, row: Row) -> None:
         ValueError: a number is missing or none.
     """
     if row["method"] == DENSE:
-        known = {reference.label for reference in task.references}
-        if row["curve"] not in known:
-            costs = {key: spread.mean for key, spread in _costs(row).items()}
-            task.references.append(Reference(printable(row["curve"]), 1.0, _spread(row, "metric"), costs))
+        _add_reference(task, Reference(printable(row["curve"]), 1.0, _spread(row, "metric"), _means(_costs(row))))
         return
     variant = _variant(row)
     point = _point(row, task.axis)
@@ -113,6 +110,28 @@ def _add(task: TaskCurves, row: Row) -> None:
         curve.points.append(point)
         if any(key.startswith("speedup@") for key in point.costs) and EARLIER_CLOCK not in task.clocks:
             task.clocks = [*task.clocks, EARLIER_CLOCK]
+
+
+def _add_reference(task: TaskCurves, earlier: Reference) -> None:
+    """Add a dense model; where new runs have another one of that name, both are the reference."""
+    for place, known in enumerate(task.references):
+        if known.label == earlier.label:
+            is_same = math.isclose(known.metric.mean, earlier.metric.mean, abs_tol=1e-6)
+            task.references[place] = known if is_same else replace(known, metric=_pooled(known.metric, earlier.metric))
+            return
+    task.references.append(earlier)
+
+
+def _pooled(one: Spread, other: Spread) -> Spread:
+    """The spread of the values behind two spreads."""
+    n = one.n + other.n
+    mean = (one.n * one.mean + other.n * other.mean) / n
+    squares = sum((each.n - 1) * (each.std or 0) ** 2 + each.n * (each.mean - mean) ** 2 for each in (one, other))
+    return Spread(mean, math.sqrt(squares / (n - 1)), min(one.least, other.least), max(one.greatest, other.greatest), n)
+
+
+def _means(costs: Mapping[str, Spread]) -> dict[str, float]:
+    return {key: cost.mean for key, cost in costs.items()}
 
 
 def _variant(row: Row) -> dict[str, str]:
