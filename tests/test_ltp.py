@@ -86,8 +86,8 @@ def by_hand(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """LTP of one text, in double precision: [CLS] after the last layer; scores, hard and soft masks of every layer.
 
-    `norm=None` divides by the alive tokens. With `mode=straight_through` tokens are dropped by their mask, which moves
-    with the soft one from the value that this has in `frozen`.
+    `norm=None` divides by the alive tokens. With `mode=gated` a token is worth its soft mask to all later layers. With
+    `mode=straight_through` tokens are dropped by their mask, which moves with the soft one from its value in `frozen`.
     """
     hidden = theirs.embeddings(input_ids=ids[None], token_type_ids=types[None])
     gate, alive = torch.ones(len(ids), dtype=torch.float64), torch.ones(len(ids), dtype=torch.bool)
@@ -101,7 +101,7 @@ def by_hand(
         products = query @ key.transpose(2, 3) / math.sqrt(attention.attention_head_size)
         weights = (products - products.amax(-1, keepdim=True)).exp() * gate
         weights = weights / weights.sum(-1, keepdim=True)
-        s = weights[0][:, alive].sum(1).sum(0) / heads[2] / (norm or int(alive.sum()))
+        s = (weights[0] * gate[:, None]).sum(1).sum(0) / heads[2] / (norm or int(alive.sum()))
         s = torch.where(alive, s, torch.zeros_like(s))
         m = torch.where(alive, 1 / (1 + (-(s - thresholds[layer]) / temperature).exp()), torch.zeros_like(s))
         m = torch.cat([torch.ones(1, dtype=torch.float64), m[1:]])
@@ -111,6 +111,8 @@ def by_hand(
         hidden = block.output(block.intermediate(attended), attended)
         if mode == "soft":
             hidden = hidden * m[None, :, None]
+        elif mode == "gated":
+            gate = gate * m
         else:
             alive, gate = keep, gate * (keep + (0.0 if frozen is None else m - frozen[layer]))
         scores.append(s)
@@ -190,7 +192,7 @@ def test_divided_by_the_length_at_most_one_over_theta_tokens_lie_above_theta(
         assert (layer.outputs.sum(1) <= above + 1).all()
 
 
-@pytest.mark.parametrize("mode", ["hard", "soft", "straight_through", "manual", "topk"])
+@pytest.mark.parametrize("mode", ["hard", "soft", "gated", "straight_through", "manual", "topk"])
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
 def test_padding_changes_no_score_no_mask_and_no_logit(
     execution: str, mode: str, random_classifier: Build, ragged_batch: Build
@@ -198,9 +200,7 @@ def test_padding_changes_no_score_no_mask_and_no_logit(
     if mode in ("manual", "topk"):
         model = random_classifier(by_constant, ManualThreshold if mode == "manual" else TopKSchedule)
     else:
-        model = ltp_model(
-            random_classifier, relaxation="straight_through" if mode == "straight_through" else "soft", offsets=OFFSETS
-        )
+        model = ltp_model(random_classifier, relaxation="soft" if mode == "hard" else mode, offsets=OFFSETS)
         model.pruning.retainer.is_relaxed = mode != "hard"
     with torch.no_grad():
         narrow, wide = (model(ragged_batch(model, LENGTHS, extra), execution) for extra in (0, 19))
@@ -208,7 +208,7 @@ def test_padding_changes_no_score_no_mask_and_no_logit(
     for ours, theirs in zip(wide.trace.layers, narrow.trace.layers, strict=True):
         assert torch.equal(ours.outputs, F.pad(theirs.outputs, (0, 19)))
         torch.testing.assert_close(ours.importance, F.pad(theirs.importance, (0, 19)), atol=1e-6, rtol=1e-5)
-        if mode in ("soft", "straight_through"):
+        if mode in ("soft", "gated", "straight_through"):
             torch.testing.assert_close(ours.decision.soft, F.pad(theirs.decision.soft, (0, 19)), atol=1e-4, rtol=0)
 
 
@@ -324,11 +324,11 @@ def test_in_the_codes_reading_the_first_layer_never_prunes_and_never_learns(
     assert gradient[0] == 0 and (gradient[1:] != 0).all()
 
 
-@pytest.mark.parametrize("mode", ["hard", "gathered", "soft", "straight_through"])
+@pytest.mark.parametrize("mode", ["hard", "gathered", "soft", "gated", "straight_through"])
 def test_enormous_thresholds_leave_the_first_token_and_finite_answers(
     mode: str, random_classifier: Build, ragged_batch: Build
 ) -> None:
-    relaxation = "straight_through" if mode == "straight_through" else "soft"
+    relaxation: Any = "soft" if mode in ("hard", "gathered") else mode
     model = ltp_model(random_classifier, offsets=[1e4] * LAYERS, relaxation=relaxation)
     batch = ragged_batch(model, LENGTHS, extra=1)
     if mode in ("hard", "gathered"):
@@ -339,7 +339,7 @@ def test_enormous_thresholds_leave_the_first_token_and_finite_answers(
     assert output.logits.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     for layer in output.trace.layers:
-        if mode == "soft":
+        if mode in ("soft", "gated"):
             assert layer.decision.soft.sum(1).tolist() == [1.0] * 7
         else:
             assert layer.outputs.nonzero().tolist() == [[row, 0] for row in range(7)]
@@ -348,16 +348,18 @@ def test_enormous_thresholds_leave_the_first_token_and_finite_answers(
 # Soft masks (eqs. 9 and 12)
 
 
+@pytest.mark.parametrize("relaxation", ["soft", "gated"])
 @pytest.mark.parametrize("normalisation", ["constant", "length"])
 @pytest.mark.parametrize("temperature", [1e-3, 2e-2])
 def test_soft_masks_and_what_they_multiply_equal_a_plain_loop_over_the_layers_of_transformers(
     temperature: float,
     normalisation: str,
+    relaxation: Any,
     random_transformer: Build,
     random_classifier: Build,
     ragged_batch: Build,
 ) -> None:
-    model = ltp_model(random_classifier, normalisation, OFFSETS, temperature=temperature)
+    model = ltp_model(random_classifier, normalisation, OFFSETS, temperature=temperature, relaxation=relaxation)
     theirs, head = doubled(random_transformer()), doubled(model.head)
     batch = ragged_batch(model, LENGTHS, extra=2)
     with torch.no_grad():
@@ -369,7 +371,7 @@ def test_soft_masks_and_what_they_multiply_equal_a_plain_loop_over_the_layers_of
                 types,
                 thresholds_by_hand(OFFSETS),
                 128 if normalisation == "constant" else None,
-                "soft",
+                relaxation,
                 temperature,
             )
             torch.testing.assert_close(output.logits[row].double(), head(first)[0], atol=1e-5, rtol=0)
@@ -392,7 +394,7 @@ def total_of(logits: Tensor, soft: list[list[Tensor]], penalty: str) -> Tensor:
     return (logits * weights).sum() + 0.7 * counted / (LAYERS if penalty == "paper" else 128)
 
 
-@pytest.mark.parametrize("relaxation", ["soft", "straight_through"])
+@pytest.mark.parametrize("relaxation", ["soft", "gated", "straight_through"])
 @pytest.mark.parametrize(("temperature", "penalty"), [(2e-3, "paper"), (2e-2, "paper"), (2e-2, "code")])
 def test_the_thresholds_gradient_equals_finite_differences_of_the_plain_loop(
     temperature: float,
@@ -413,7 +415,8 @@ def test_the_thresholds_gradient_equals_finite_differences_of_the_plain_loop(
 
     with torch.no_grad():
         hand = partial(by_hand, theirs, mode=relaxation, temperature=temperature)
-        frozen = [hand(ids, types, now)[3] if relaxation != "soft" else None for ids, types in rows_of(batch)]
+        through = relaxation == "straight_through"
+        frozen = [hand(ids, types, now)[3] if through else None for ids, types in rows_of(batch)]
 
         def loss_at(thresholds: list[float]) -> float:
             results = [
@@ -433,7 +436,7 @@ def test_the_thresholds_gradient_equals_finite_differences_of_the_plain_loop(
     assert gradient == pytest.approx(numeric, rel=2e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("relaxation", ["soft", "straight_through"])
+@pytest.mark.parametrize("relaxation", ["soft", "gated", "straight_through"])
 def test_the_task_loss_alone_teaches_every_threshold_but_the_last_and_the_encoder(
     relaxation: Any, random_classifier: Build, ragged_batch: Build
 ) -> None:
@@ -445,6 +448,19 @@ def test_the_task_loss_alone_teaches_every_threshold_but_the_last_and_the_encode
     assert (gradient[:-1] != 0).all() and gradient[-1] == 0 and gradient.isfinite().all()
     for parameter in (model.encoder.embeddings.word.weight, *(layer.key.weight for layer in model.encoder.layers)):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
+
+
+def test_at_a_vanishing_temperature_the_gated_model_is_the_hard_one_and_the_soft_model_is_not(
+    random_classifier: Build, ragged_batch: Build
+) -> None:
+    hard_from = {}
+    for relaxation in ("gated", "soft"):
+        model = ltp_model(random_classifier, offsets=OFFSETS, temperature=1e-12, relaxation=relaxation)
+        batch = ragged_batch(model, LENGTHS, extra=2)
+        with torch.no_grad():
+            ours, hard = relaxed(model, batch), model(batch)
+        hard_from[relaxation] = float((ours.logits - hard.logits).abs().max())
+    assert hard_from["gated"] < 1e-5 and hard_from["soft"] > 1e-2
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-2])
@@ -575,17 +591,20 @@ def test_the_soft_cost_of_masks_of_zeros_and_ones_is_the_cost_of_running_them() 
     assert soft_cost_share(model, trace) < 0.7
 
 
-def test_at_a_vanishing_temperature_the_soft_cost_of_straight_through_is_what_the_model_costs(
-    random_classifier: Build, ragged_batch: Build
+@pytest.mark.parametrize(
+    ("relaxation", "temperature"), [("gated", 1e-12), ("straight_through", 1e-12), ("straight_through", 1e-2)]
+)
+def test_where_the_relaxed_model_is_the_hard_one_its_price_is_what_that_costs(
+    relaxation: str, temperature: float, random_classifier: Build, ragged_batch: Build
 ) -> None:
-    model = ltp_model(random_classifier, temperature=1e-12, relaxation="straight_through")
+    model = ltp_model(random_classifier, temperature=temperature, relaxation=relaxation)
     batch = ragged_batch(model, LENGTHS)
     with torch.no_grad():
         soft = soft_cost_share(model, relaxed(model, batch).trace).item()
     assert soft == pytest.approx(cost_share(model, [batch]), rel=1e-5)
 
 
-@pytest.mark.parametrize("relaxation", ["soft", "straight_through"])
+@pytest.mark.parametrize("relaxation", ["soft", "gated", "straight_through"])
 def test_the_cost_teaches_the_thresholds_and_not_the_weights(
     relaxation: str, random_classifier: Build, ragged_batch: Build
 ) -> None:

@@ -85,8 +85,9 @@ class Sequences:
 class Padded:
     """Masked running: pruned and padding tokens keep their place and are hidden from the softmax.
 
-    `gate`, if any, equals `alive` in value and carries a gradient to every token (straight-through): attention weights
-    are exp(score)·gate, renormalised, as in DynamicViT.
+    `gate`, if any, says how much of every token is there: attention weights are exp(score)·gate, renormalised, as in
+    DynamicViT, and a row counts gate towards what is received. It may equal `alive` in value and carry a gradient to
+    every token (straight-through).
     """
 
     sequences: Sequences
@@ -141,8 +142,9 @@ class Padded:
             relative = (scores - peak).masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
             gated = relative.clamp(max=GATE_CEILING).exp() * self.gate[:, None, None, :]
             weights = gated / gated.sum(-1, keepdim=True)
-        attending = (self if queries is None else queries).alive
-        received = self.to_grid((weights.mean(1) * attending[:, :, None]).sum(1)) if wants.received else None
+        asking = self if queries is None else queries
+        there = asking.alive if not isinstance(asking, Padded) or asking.gate is None else asking.gate
+        received = self.to_grid((weights.mean(1) * there[:, :, None]).sum(1)) if wants.received else None
         context = F.dropout(weights, dropout) @ v  # (B, H, N, dim / H)
         return Attended(
             context.transpose(1, 2).reshape(batch, tokens, dim),

@@ -17,8 +17,8 @@ class Decision:
     """What a pruning decided at one place: importances, the tokens to keep, and how the choice can be learned.
 
     `gate` equals `keep` in value and carries gradients (straight-through). `ratio_logits` are an adaptive retainer's.
-    `soft` is a mask between 0 and 1: without a gate, the layer's output is multiplied by it (LTP, eq. 12). `priced`
-    equals it in value and gives gradients to the thresholds alone: with it a budget is priced.
+    `soft` is a mask between 0 and 1: without a gate, the layer's output is multiplied by it (LTP, eq. 12). `priced` is
+    what a budget is priced with: `soft` or `keep` in value, with gradients for the thresholds alone.
     `threshold` is what the importance had to exceed, where one was in force.
     """
 

@@ -75,8 +75,10 @@ class LearnedThreshold(Relaxable, ManualThreshold):
     """LTP's thresholds, learned through a relaxed mask (inside `relaxed()`; outside it the choice is hard).
 
     `relaxation: soft` is LTP: nothing is pruned, each layer's output is multiplied by M̃ (eq. 12). The soft and the hard
-    model differ, for a multiplied token is still attended to. `straight_through` prunes hard on the way forward and
-    takes the gradient of M̃ on the way back (as LTMP does), so that training sees what is deployed.
+    model differ, for a multiplied token is still attended to. `gated` multiplies, in the attention of all later layers,
+    what a token is worth by M̃: exp(score)·M̃, renormalised, and as a query it counts M̃ towards the importance of the
+    others. At M̃ ∈ {0, 1} that is the hard model. `straight_through` prunes hard on the way forward and takes the
+    gradient of `gated` on the way back (as LTMP does), so that training sees what is deployed.
     """
 
     def __init__(
@@ -85,15 +87,15 @@ class LearnedThreshold(Relaxable, ManualThreshold):
         layers: int,
         final_threshold: float = 0.01,
         temperature: float = 1e-3,
-        relaxation: Literal["soft", "straight_through"] = "soft",
+        relaxation: Literal["soft", "gated", "straight_through"] = "soft",
         rise: Literal["paper", "code"] = "paper",
         keeps_separators: bool = False,
     ) -> None:
         super().__init__(dim, layers, final_threshold, rise, keeps_separators)
         if temperature <= 0:
             raise ValueError(f"retainer.temperature={temperature} must be above 0")
-        if relaxation not in ("soft", "straight_through"):
-            raise ValueError(f"retainer.relaxation={relaxation}: soft or straight_through")
+        if relaxation not in ("soft", "gated", "straight_through"):
+            raise ValueError(f"retainer.relaxation={relaxation}: soft, gated or straight_through")
         self.temperature, self.relaxation = temperature, relaxation
         self.offset = nn.Parameter(torch.zeros(layers))
 
@@ -110,9 +112,12 @@ class LearnedThreshold(Relaxable, ManualThreshold):
         if not self.is_relaxed:
             return hard
         soft, priced = self.mask(importance, layout, layer), self.mask(importance.detach(), layout, layer)
+        if self.relaxation != "soft":  # the relaxed model is the hard one or nearly so: its cost is that of hard masks
+            priced = hard.keep + (priced - priced.detach())
         if self.relaxation == "straight_through":
             return replace(hard, gate=hard.keep + (soft - soft.detach()), soft=soft, priced=priced)
-        return replace(hard, keep=layout.alive, soft=soft, priced=priced)
+        gate = soft if self.relaxation == "gated" else None
+        return replace(hard, keep=layout.alive, gate=gate, soft=soft, priced=priced)
 
     def mask(self, importance: Float[Tensor, "batch grid"], layout: Layout, layer: int) -> Float[Tensor, "batch grid"]:
         """Compute M̃^l; 1 for tokens that always stay, 0 for those that are gone."""
