@@ -34,6 +34,7 @@ from tokprune_exp.pruning.retainers import (
     AdaptiveRatio,
     LearnedThreshold,
     ManualThreshold,
+    Nucleus,
     RandomRatio,
     StaticRatio,
     TopKSchedule,
@@ -59,6 +60,7 @@ RETAINERS = {
     "static": (small_saliency, StaticRatio),
     "random": (small_saliency, RandomRatio),
     "adaptive": (small_saliency, AdaptiveRatio),
+    "nucleus": (small_saliency, Nucleus),
     "static_after_attention": (by_constant, partial(StaticRatio, layer=0)),
     "manual_threshold": (by_constant, ManualThreshold),
     "learned_threshold": (by_constant, LearnedThreshold),
@@ -99,7 +101,7 @@ def test_the_share_is_the_sum_of_every_layers_products_over_that_of_the_unpruned
                     k, q, o = (int(getattr(layer, kind)[row].sum()) for kind in ("keys", "queries", "outputs"))
                     executed += 2 * DIM**2 * k + DIM**2 * q + 2 * DIM * q * k + DIM**2 * o + 2 * DIM * FF * o
                     dense += 4 * DIM**2 * n + 2 * DIM * n * n + 2 * DIM * FF * n
-                if name in ("static", "random", "adaptive"):
+                if name in ("static", "random", "adaptive", "nucleus"):
                     executed += n * (DIM * 8 + 8)
                 if name == "adaptive":
                     executed += DIM * 10

@@ -22,6 +22,7 @@ from tokprune_exp.pruning.retainers import (
     Concrete,
     LearnedThreshold,
     ManualThreshold,
+    Nucleus,
     StaticRatio,
     TopKSchedule,
 )
@@ -32,6 +33,7 @@ PRUNINGS = {
     "none": (None, None),
     "adtp": (TokenSaliency, AdaptiveRatio),
     "static": (TokenSaliency, StaticRatio),
+    "nucleus": (TokenSaliency, Nucleus),
     "ltp": (AttentionMass, LearnedThreshold),
     "manual_threshold": (AttentionMass, ManualThreshold),
     "manual_topk": (AttentionMass, TopKSchedule),

@@ -23,7 +23,7 @@ from tokprune_exp.head import Head
 from tokprune_exp.measure.evaluation import check_flops
 from tokprune_exp.model import ClassifierOutput, PrunedClassifier
 from tokprune_exp.pruning.pruning import RETAINERS, SCORERS, Prescribed, Pruning
-from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, RandomRatio, StaticRatio
+from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, Nucleus, RandomRatio, StaticRatio
 from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, TokenSaliency
 from tokprune_exp.pruning.selection import keep_top, kept_count, ranks, uniform_noise
 
@@ -44,6 +44,7 @@ RETAINER_VARIANTS = {
     "static_half_with_separators": partial(StaticRatio, ratio=0.5, keeps_separators=True),
     "random": partial(RandomRatio, seed=5),
     "adaptive": AdaptiveRatio,
+    "nucleus": Nucleus,
     "adaptive_cls_mean": partial(AdaptiveRatio, summary="cls_mean", candidates=5),
     "keep_all": KeepAll,
 }
@@ -76,7 +77,7 @@ def assert_equal_traces(ours: PruningTrace, theirs: PruningTrace) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1, LAST])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gathered_equals_masked_for_every_scorer_and_retainer(
@@ -113,7 +114,7 @@ def test_a_summary_of_cls_works_from_layer_one_on(scorer: str, random_classifier
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 def test_padding_columns_change_no_logit_no_mask_and_no_count(
     scorer: str, retainer: str, execution: str, random_classifier: Build, ragged_batch: Build
@@ -128,7 +129,7 @@ def test_padding_columns_change_no_logit_no_mask_and_no_count(
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 def test_a_sequence_is_pruned_in_the_same_way_in_any_company(
     scorer: str, retainer: str, execution: str, random_classifier: Build, ragged_batch: Build
@@ -246,7 +247,7 @@ def test_pruning_at_a_layer_equals_a_plain_loop_over_the_layers_of_transformers(
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 def test_the_first_position_stays_and_short_sequences_never_become_empty(
     scorer: str, retainer: str, execution: str, random_classifier: Build, ragged_batch: Build
@@ -258,7 +259,7 @@ def test_the_first_position_stays_and_short_sequences_never_become_empty(
     assert output.logits.isfinite().all()
     assert all(layer.outputs[:, 0].all() for layer in output.trace.layers)
     kept = output.trace.counts("outputs")[:, LAST]
-    assert kept.tolist()[:6] == [1, 2, 2, 2, 2, 1] or retainer == "adaptive"
+    assert kept.tolist()[:6] == [1, 2, 2, 2, 2, 1] or retainer in ("adaptive", "nucleus")
     assert (kept >= torch.tensor(lengths).clamp(max=2)).all()
 
 
@@ -457,6 +458,21 @@ def test_a_random_ratio_has_the_asked_mean_and_stays_in_its_range() -> None:
     assert kept.float().std() > 5
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_a_nucleus_is_the_shortest_beginning_of_the_ranking_that_holds_the_share(share: float) -> None:
+    lengths = [21, 11, 6, 2, 1]
+    layout, hidden = a_layout(lengths)
+    retainer = Nucleus(6, 4)
+    retainer.knob.fill_(share)
+    importance = torch.randn(5, 21, generator=torch.Generator().manual_seed(1))
+    keep = retainer(importance, hidden, layout, 0).keep
+    for row, length in enumerate(lengths):
+        falling = sorted(range(1, length), key=lambda place: -float(importance[row, place]))
+        mass = [max(0.0, float(importance[row, place])) for place in falling]
+        enough = next((k for k in range(1, length) if sum(mass[:k]) >= share * sum(mass) - 1e-12), 0)
+        assert set(keep[row].nonzero()[:, 0].tolist()) == {0, *falling[:enough]}
+
+
 def test_an_adaptive_ratio_is_a_quantile_of_what_is_predicted() -> None:
     layout, hidden = a_layout([21, 11, 6])
     retainer = AdaptiveRatio(6, 4, candidates=5)
@@ -494,7 +510,7 @@ def test_a_setting_out_of_its_bounds_is_refused_by_its_key(build: Build, message
         build(8)
 
 
-@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio])
+@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus])
 def test_a_layer_that_the_encoder_does_not_have_is_refused(retainer: Build, random_classifier: Build) -> None:
     with pytest.raises(ValueError, match=r"retainer\.layer=4, but this encoder has layers 0 to 3"):
         random_classifier(TokenSaliency, partial(retainer, layer=4))
@@ -565,7 +581,7 @@ def test_the_task_loss_teaches_the_ratio_through_the_gate(
     assert gradient.isfinite().all() and gradient.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio])
+@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus])
 def test_a_gate_temperature_lets_the_task_teach_the_scorer_and_changes_no_value(
     retainer: Callable[..., Any], random_classifier: Build, ragged_batch: Build
 ) -> None:

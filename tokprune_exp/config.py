@@ -498,7 +498,12 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             f"{name} prunes with retainer={' or '.join(files)}",
         )
         for method, name, retainer, files in (
-            ("ADTP", "adtp", ("AdaptiveRatio", "StaticRatio", "RandomRatio"), ("adaptive", "static", "random")),
+            (
+                "ADTP",
+                "adtp",
+                ("AdaptiveRatio", "Nucleus", "StaticRatio", "RandomRatio"),
+                ("adaptive", "nucleus", "static", "random"),
+            ),
             ("LTP", "ltp", ("LearnedThreshold",), ("learned_threshold",)),
             ("ManualThreshold", "manual_threshold", ("ManualThreshold",), ("manual_threshold",)),
             ("ManualTopK", "manual_topk", ("TopKSchedule",), ("topk",)),

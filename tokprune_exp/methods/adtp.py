@@ -38,7 +38,7 @@ from tokprune_exp.methods.module import Stage, Terms
 from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import ClassifierOutput, PrunedClassifier, without_dropout
 from tokprune_exp.pruning.pruning import Prescribed, Pruning
-from tokprune_exp.pruning.retainers import AdaptiveRatio, RatioRetainer, StaticRatio
+from tokprune_exp.pruning.retainers import AdaptiveRatio, Nucleus, RatioRetainer, StaticRatio
 from tokprune_exp.pruning.scorers import TokenSaliency
 
 
@@ -82,7 +82,7 @@ class ADTP(StudentModule):
         if ratio_target not in ("mass", "oracle", "gumbel"):
             raise ValueError(f"method.ratio_target={ratio_target}: mass, oracle or gumbel")
         if model.pruning is None or not isinstance(model.pruning.retainer, RatioRetainer):
-            raise ValueError("adtp needs a scorer and a retainer that prunes: adaptive, static or random")
+            raise ValueError("adtp needs a scorer and a retainer that prunes: adaptive, nucleus, static or random")
         self.loss, self.attribution = loss, attribution
         self.ratio_target, self.oracle_tolerance, self.dense_fraction = ratio_target, oracle_tolerance, dense_fraction
         self.eta: float | None = None
@@ -112,12 +112,12 @@ class ADTP(StudentModule):
             self.eta = self.calibrated_eta(data)
 
     def aim_at_share(self, data: TaskData, device: torch.device) -> None:
-        """Hold the cost at the budget; without one, hold an adaptive ratio's cost at that of the same ρ* for all texts.
+        """Hold the cost at the budget; without one, hold it, where ρ adapts, at that of the same ρ* for all texts.
 
         With a budget ρ* follows from it: it is the ratio at which keeping the same share of every text costs as much.
         """
         learns_from_labels = isinstance(self.retainer, AdaptiveRatio) and self.ratio_target != "gumbel"
-        if self.budget is None and not learns_from_labels:
+        if self.budget is None and not (learns_from_labels or isinstance(self.retainer, Nucleus)):
             return
         self.draw_calibration(data, device)
         assert self.model.pruning is not None

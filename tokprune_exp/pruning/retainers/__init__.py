@@ -3,6 +3,7 @@
 from tokprune_exp.pruning.retainers.backtracking import Backtracking
 from tokprune_exp.pruning.retainers.base import KeepAll, LayerRetainer, Plan, Planner, Retainer
 from tokprune_exp.pruning.retainers.concrete import Concrete
+from tokprune_exp.pruning.retainers.nucleus import Nucleus
 from tokprune_exp.pruning.retainers.ratio import AdaptiveRatio, RandomRatio, RatioRetainer, StaticRatio
 from tokprune_exp.pruning.retainers.threshold import LearnedThreshold, ManualThreshold
 from tokprune_exp.pruning.retainers.topk import TopKSchedule
@@ -15,6 +16,7 @@ __all__ = [
     "LayerRetainer",
     "LearnedThreshold",
     "ManualThreshold",
+    "Nucleus",
     "Plan",
     "Planner",
     "RandomRatio",
