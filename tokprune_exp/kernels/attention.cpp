@@ -11,26 +11,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int W = 16, ROWS = 8;  // floats in a register; queries that go through the keys together
-#elif defined(__AVX2__)
-constexpr int W = 8, ROWS = 4;
-#else
-constexpr int W = 4, ROWS = 4;
-#endif
 constexpr int PAIR = 2 * W;
 constexpr float FAR_BELOW = -1e30f;  // the score of a key that is not there
 
-typedef float Vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
-inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
-inline Vec fill(float value) { return value - Vec{}; }
 
 inline float widen(float value) { return value; }
 inline float widen(uint16_t value) {  // bfloat16 is the upper half of a float
@@ -60,47 +49,39 @@ inline Vec exponential(Vec x) {
     return reinterpret_cast<const Vec&>(bits);
 }
 
-inline float sum_of(Vec value) {
-    float total = 0;
-    for (int i = 0; i < W; ++i) total += value[i];
-    return total;
-}
-inline float max_of(Vec value) {
-    float most = value[0];
-    for (int i = 1; i < W; ++i) most = std::max(most, value[i]);
-    return most;
-}
-
-struct Scratch {  // of one thread
-    std::vector<float> keys, values, weights, received;
+struct Scratch {  // of one head: keys by number, then by token; the others by token, and weights by query
+    float *keys, *values, *weights, *received;
 };
+
+// R queries times the keys of N registers.
+template <int R, int D, int N>
+inline void score(const float (&q)[R][D], const float* columns, int padded, float* weights) {
+    Vec sums[R][N] = {};
+    for (int d = 0; d < D; ++d, columns += padded) {
+        Vec keys[N];
+        for (int n = 0; n < N; ++n) keys[n] = load(columns + n * W);
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) sums[r][n] += q[r][d] * keys[n];
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) store(weights + r * padded + n * W, sums[r][n]);
+}
 
 // R queries of one head: scores, softmax, column sums, context.
 template <typename T, int D, int R>
-void attend_rows(const T* query, long query_stride, int keys, int padded, Scratch& scratch, bool wants_received,
+void attend_rows(const T* query, long query_stride, int keys, int padded, const Scratch& scratch, bool wants_received,
                  T* context, long context_stride) {
     float q[R][D];
     const float scale = 1.0f / std::sqrt(static_cast<float>(D));
     for (int r = 0; r < R; ++r)
         for (int d = 0; d < D; ++d) q[r][d] = widen(query[r * query_stride + d]) * scale;
 
-    float* weights = scratch.weights.data();
-    for (int j = 0; j < padded; j += PAIR) {
-        Vec left[R], right[R];
-        for (int r = 0; r < R; ++r) left[r] = right[r] = Vec{};
-        const float* column = scratch.keys.data() + j;
-        for (int d = 0; d < D; ++d, column += padded) {
-            const Vec a = load(column), b = load(column + W);
-            for (int r = 0; r < R; ++r) {
-                left[r] += q[r][d] * a;
-                right[r] += q[r][d] * b;
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            store(weights + r * padded + j, left[r]);
-            store(weights + r * padded + j + W, right[r]);
-        }
-    }
+    float* weights = scratch.weights;
+    const float* columns = scratch.keys;
+    int done = 0;
+    for (; done + 3 * W <= padded; done += 3 * W) score<R, D, 3>(q, columns + done, padded, weights + done);
+    if (padded - done == 2 * W) score<R, D, 2>(q, columns + done, padded, weights + done);
+    if (padded - done == W) score<R, D, 1>(q, columns + done, padded, weights + done);
     for (int r = 0; r < R; ++r) {
         float* row = weights + r * padded;
         std::fill(row + keys, row + padded, FAR_BELOW);
@@ -118,15 +99,15 @@ void attend_rows(const T* query, long query_stride, int keys, int padded, Scratc
     }
     if (wants_received)
         for (int j = 0; j < padded; j += W) {
-            Vec sum = load(scratch.received.data() + j);
+            Vec sum = load(scratch.received + j);
             for (int r = 0; r < R; ++r) sum += load(weights + r * padded + j);
-            store(scratch.received.data() + j, sum);
+            store(scratch.received + j, sum);
         }
     for (int d = 0; d < D; d += PAIR) {
         Vec left[R], right[R];
         for (int r = 0; r < R; ++r) left[r] = right[r] = Vec{};
         for (int j = 0; j < keys; ++j) {
-            const Vec a = load(scratch.values.data() + j * D + d), b = load(scratch.values.data() + j * D + d + W);
+            const Vec a = load(scratch.values + j * D + d), b = load(scratch.values + j * D + d + W);
             for (int r = 0; r < R; ++r) {
                 const float p = weights[r * padded + j];
                 left[r] += p * a;
@@ -141,33 +122,39 @@ void attend_rows(const T* query, long query_stride, int keys, int padded, Scratc
     }
 }
 
+// Call with a number of rows that the compiler knows.
+template <int R, typename Call>
+void with_rows(int rows, Call call) {
+    if (rows == R) return call(std::integral_constant<int, R>{});
+    if constexpr (R > 1) with_rows<R - 1>(rows, call);
+}
+
 template <typename T, int D>
 void attend_head(const T* query, long query_stride, int queries, const T* key, const T* value, long key_stride, int keys,
                  T* context, long context_stride, float* received) {
-    static thread_local Scratch scratch;
-    const int padded = (keys + PAIR - 1) / PAIR * PAIR;
-    scratch.keys.resize(static_cast<size_t>(D) * padded);
-    scratch.values.resize(static_cast<size_t>(D) * padded);
-    scratch.weights.resize(static_cast<size_t>(ROWS) * padded);
+    static thread_local Room rooms[4];
+    const int padded = (keys + W - 1) / W * W;
+    const size_t size = static_cast<size_t>(D) * padded;
+    const Scratch scratch{rooms[0].of(size), rooms[1].of(size), rooms[2].of(ROWS * padded), rooms[3].of(padded)};
     for (int j = 0; j < keys; ++j)
-        for (int d = 0; d < D; ++d) {
-            scratch.keys[static_cast<size_t>(d) * padded + j] = widen(key[j * key_stride + d]);
-            scratch.values[static_cast<size_t>(j) * D + d] = widen(value[j * key_stride + d]);
-        }
+        for (int d = 0; d < D; ++d) scratch.values[static_cast<size_t>(j) * D + d] = widen(value[j * key_stride + d]);
+    for (int some = 0; some < keys; some += W)  // of a few keys at a time, so that what is read again lies near
+        for (int d = 0; d < D; ++d)
+            for (int j = some; j < std::min(some + W, keys); ++j)
+                scratch.keys[static_cast<size_t>(d) * padded + j] = widen(key[j * key_stride + d]);
     for (int d = 0; d < D; ++d)
-        std::fill_n(scratch.keys.begin() + static_cast<size_t>(d) * padded + keys, padded - keys, 0.0f);
-    if (received) scratch.received.assign(padded, 0.0f);
-    int row = 0;
-    const auto run = [&](auto rows) {
-        constexpr int R = decltype(rows)::value;
-        for (; row + R <= queries; row += R)
-            attend_rows<T, D, R>(query + row * query_stride, query_stride, keys, padded, scratch, received != nullptr,
-                                 context + row * context_stride, context_stride);
-    };
-    run(std::integral_constant<int, ROWS>{});
-    run(std::integral_constant<int, 4>{});
-    run(std::integral_constant<int, 1>{});
-    if (received) std::copy_n(scratch.received.begin(), keys, received);
+        std::fill_n(scratch.keys + static_cast<size_t>(d) * padded + keys, padded - keys, 0.0f);
+    if (received) std::fill_n(scratch.received, padded, 0.0f);
+    const int tiles = (queries + ROWS - 1) / ROWS;
+    for (int tile = 0; tile < tiles; ++tile) {
+        const long row = static_cast<long>(queries) * tile / tiles, end = static_cast<long>(queries) * (tile + 1) / tiles;
+        with_rows<ROWS>(static_cast<int>(end - row), [&](auto rows) {
+            attend_rows<T, D, decltype(rows)::value>(query + row * query_stride, query_stride, keys, padded, scratch,
+                                                     received != nullptr, context + row * context_stride,
+                                                     context_stride);
+        });
+    }
+    if (received) std::copy_n(scratch.received, keys, received);
 }
 
 template <typename T, int D>

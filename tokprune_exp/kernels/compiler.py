@@ -15,6 +15,7 @@ from pathlib import Path
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 """Never -ffast-math: it would undo the rounding by which the attention computes its exponential."""
+HEADERS = Path(__file__).parent
 
 
 def compiled(source: Path) -> ctypes.CDLL | None:
@@ -37,14 +38,15 @@ def _built(source: Path) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
-    key = sha256(source.read_bytes() + _macros(compiler) + " ".join(FLAGS).encode()).hexdigest()[:20]
+    headers = b"".join(header.read_bytes() for header in sorted(HEADERS.glob("*.h")))
+    key = sha256(source.read_bytes() + headers + _macros(compiler) + " ".join(FLAGS).encode()).hexdigest()[:20]
     directory = Path(os.environ.get("TOKPRUNE_CACHE", "~/.cache/tokprune_exp")).expanduser() / "kernels"
     library = directory / f"{source.stem}-{key}.so"
     if not library.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             made = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(source), "-o", str(made)]
+            command = [compiler, *FLAGS, f"-I{HEADERS}", str(source), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
             made.replace(library)
     return library
