@@ -13,7 +13,7 @@ from tokprune_exp.encoder import fast
 from tokprune_exp.encoder.fast import FastLayer, filled_up
 from tokprune_exp.head import Head
 from tokprune_exp.kernels.attention import attend_in_loop
-from tokprune_exp.kernels.linear import PlainProduct
+from tokprune_exp.kernels.linear import PackedProduct, PlainProduct
 from tokprune_exp.model import PrunedClassifier
 from tokprune_exp.pruning.pruning import Pruning
 from tokprune_exp.pruning.retainers import (
@@ -94,15 +94,16 @@ def test_real_weights_and_real_sentences(backbone, pruning, request):
         torch.testing.assert_close(coarse, model(batch, prune=False).logits, atol=0.05, rtol=0.05)
 
 
-def test_without_any_fast_part_the_answer_is_the_same(random_classifier, ragged_batch, monkeypatch):
-    """As on a machine without a compiler and without oneDNN."""
+@pytest.mark.parametrize("product", [PlainProduct, PackedProduct])
+def test_without_any_compiled_part_the_answer_is_the_same(product, random_classifier, ragged_batch, monkeypatch):
+    """As on a machine without a compiler, without oneDNN and with it."""
     model = random_classifier(AttentionMass, LearnedThreshold, heads=2)
     monkeypatch.setattr(fast, "attention_for", lambda head_dim, device: lambda longest: attend_in_loop)
     monkeypatch.setattr(fast, "compiled_selection", lambda: None)
-    monkeypatch.setattr("tokprune_exp.kernels.linear.fastest_product", lambda dtype: PlainProduct)
+    monkeypatch.setattr("tokprune_exp.kernels.linear.fastest_product", lambda dtype: product)
     ready = model.for_inference()
     assert ready.encoder.layers[0].attention_up_to(40) is attend_in_loop
-    assert isinstance(ready.encoder.layers[0].project, PlainProduct)
+    assert isinstance(ready.encoder.layers[0].project, product) and ready.encoder.layers[0].block is None
     batch = ragged_batch(model, LENGTHS)
     with torch.no_grad():
         torch.testing.assert_close(ready(batch, "gathered").logits, model(batch).logits, atol=1e-5, rtol=0)

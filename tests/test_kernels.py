@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tokprune_exp.kernels import attention, compiler, linear, selection
+from tokprune_exp.kernels import attention, compiler, linear, panels, selection
 from tokprune_exp.kernels.attention import HEAD_DIMS, CompiledAttention, attend_in_loop, attention_for
 from tokprune_exp.kernels.linear import PackedProduct, PlainProduct, fastest_product, product_of, rows_to_compute
+from tokprune_exp.kernels.panels import PanelBlock, PanelProduct, compiled_panels
 from tokprune_exp.kernels.selection import CompiledSelection, compiled_selection
 
 COUNTS = [1, 2, 7, 31, 32, 33, 64, 65, 200]
@@ -165,6 +166,7 @@ def test_without_a_compiler_the_plain_loop_serves(fresh_cache, monkeypatch):
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     assert attention.compiled_attention.__wrapped__() is None and compiled_selection.__wrapped__() is None
+    assert compiled_panels.__wrapped__() is None
     monkeypatch.setattr(attention, "compiled_attention", lambda: None)
     assert attention_for(32, torch.device("cpu"))(40) is attend_in_loop
 
@@ -197,7 +199,7 @@ def test_heads_of_other_sizes_take_the_plain_loop():
 
 def test_building_needs_no_torch_headers():
     """The libraries speak plain C, so a new version of PyTorch needs no new build."""
-    assert not any("torch" in source.read_text() for source in (attention.SOURCE, selection.SOURCE))
+    assert not any("torch" in source.read_text() for source in (attention.SOURCE, panels.SOURCE, selection.SOURCE))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,9 +271,9 @@ def layers_of(*sizes: int) -> list[nn.Linear]:
         return [nn.Linear(48, size) for size in sizes]
 
 
-@pytest.mark.parametrize("kind", [PlainProduct, PackedProduct])
+@pytest.mark.parametrize("kind", [PlainProduct, PackedProduct, PanelProduct])
 @pytest.mark.parametrize("rows", [1, 3, 16, 65])
-def test_products_with_activation_and_sum(kind, rows):
+def test_products_with_activation_and_sum(kind, rows, compiled):
     (layer,) = layers_of(48)
     product = kind(layer.weight.detach(), layer.bias.detach())
     x, other = torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows))
@@ -303,19 +305,143 @@ def test_where_the_packed_product_is_missing_or_wrong_the_plain_one_serves(monke
         def __call__(self, x, activation="none", other=None):
             return super().__call__(x.bfloat16().float(), activation, other)
 
-    monkeypatch.setattr(linear, "_fastest_of", lambda call, tries=60: 0.0 if call.func is not None else 1.0)
+    def seconds(calls: list[partial]) -> list[float]:  # the plain one would be the slowest
+        return [1.0 if isinstance(call.func, PlainProduct) else 0.0 for call in calls]
+
+    monkeypatch.setattr(linear, "_fastest_of", seconds)
+    monkeypatch.setattr(panels, "compiled_panels", lambda: None)
     for kind in (Missing, Coarse):
         monkeypatch.setattr(linear, "PackedProduct", kind)
         assert fastest_product.__wrapped__(torch.float32) is PlainProduct
 
 
-@pytest.mark.parametrize(("packed_s", "plain_s", "chosen"), [(1.0, 2.0, PackedProduct), (2.0, 1.0, PlainProduct)])
-def test_the_faster_product_is_chosen(monkeypatch, packed_s, plain_s, chosen):
-    def seconds(call: partial, tries: int = 60) -> float:
-        return packed_s if isinstance(call.func, PackedProduct) else plain_s
+@pytest.mark.parametrize("chosen", [PlainProduct, PackedProduct, PanelProduct])
+def test_the_fastest_product_is_chosen(chosen, compiled, monkeypatch):
+    def seconds(calls: list[partial]) -> list[float]:
+        return [1.0 if isinstance(call.func, chosen) else 2.0 for call in calls]
 
     monkeypatch.setattr(linear, "_fastest_of", seconds)
     assert fastest_product.__wrapped__(torch.float32) is chosen
+    in_bfloat16 = PlainProduct if chosen is PanelProduct else chosen
+    assert fastest_product.__wrapped__(torch.bfloat16) is in_bfloat16
+
+
+def test_products_are_timed_by_turns_and_judged_by_their_fastest_try(monkeypatch):
+    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 23.0, 30.0, 39.0])
+    monkeypatch.setattr(linear.time, "perf_counter", clock.__next__)
+    turns: list[str] = []
+    assert linear._fastest_of([lambda: turns.append("a"), lambda: turns.append("b")], tries=2) == [3.0, 2.0]
+    assert turns == ["a", "b", "a", "b"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Products in panels
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (33, 7), (48, 50), (40, 97), (384, 1152)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 97, 400])
+def test_products_of_every_width_and_number_of_rows(widths, rows, compiled):
+    """Outputs that do not fill a panel, rows that do not fill a tile, and more rows than one task has."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(*widths[::-1], generator=generator), torch.randn(rows, widths[0], generator=generator)
+    bias, other = torch.randn(widths[1], generator=generator), torch.randn(rows, widths[1], generator=generator)
+    product = PanelProduct(weight / widths[0] ** 0.5, bias)
+    exact = x.double() @ weight.double().T / widths[0] ** 0.5 + bias.double()
+    torch.testing.assert_close(product(x).double(), exact, atol=1e-5, rtol=0)
+    expected = exact * torch.special.ndtr(exact) + other.double()
+    torch.testing.assert_close(product(x, "gelu", other).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_gelu_is_exact_near_zero_and_far_from_it(compiled):
+    x = torch.linspace(-12, 12, 100_001)[:, None]
+    ours = PanelProduct(torch.ones(1, 1), torch.zeros(1))(x, "gelu")
+    torch.testing.assert_close(ours.double(), x.double() * torch.special.ndtr(x.double()), atol=2e-6, rtol=0)
+
+
+def block_of(dim: int, wide: int) -> tuple[PanelBlock, partial]:
+    """A block, and the same in float64 by PyTorch's operators."""
+    with torch.random.fork_rng():
+        torch.manual_seed(dim)
+        layers = [nn.Linear(dim, dim), nn.Linear(dim, wide), nn.Linear(wide, dim)]
+        norms = [nn.LayerNorm(dim, eps=1e-12), nn.LayerNorm(dim, eps=1e-5)]
+        for norm in norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def plain(hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        project, widen, narrow, first, last = (
+            partial(torch.func.functional_call, part, {name: each.double() for name, each in part.named_parameters()})
+            for part in (*layers, *norms)
+        )
+        attended = first((hidden.double() + project((context.double(),)),))
+        return last((attended + narrow((F.gelu(widen((attended,))),)),)).detach()
+
+    products = [PanelProduct(layer.weight.detach(), layer.bias.detach()) for layer in layers]
+    return PanelBlock(*products, *norms), plain
+
+
+@pytest.mark.parametrize(("dim", "wide"), [(32, 64), (50, 70), (384, 1536)])
+@pytest.mark.parametrize("rows", [1, 5, 8, 65, 384, 385, 900])
+def test_a_block_is_what_follows_the_attention(dim, wide, rows, compiled):
+    block, plain = block_of(dim, wide)
+    hidden, context = torch.randn(2, rows, dim, generator=torch.Generator().manual_seed(rows))
+    before = hidden.clone(), context.clone()
+    torch.testing.assert_close(block(hidden, context).double(), plain(hidden, context), atol=1e-5, rtol=0)
+    assert torch.equal(hidden, before[0]) and torch.equal(context, before[1])
+
+
+def test_neither_the_threads_nor_the_other_rows_change_a_bit_of_a_block(compiled):
+    block, _ = block_of(50, 70)
+    hidden, context = torch.randn(2, 500, 50, generator=torch.Generator().manual_seed(0))
+    before, answers = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        answers.append(block(hidden, context))
+    torch.set_num_threads(before)
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+    assert torch.equal(block(hidden[100:103], context[100:103]), answers[0][100:103])
+
+
+def test_what_the_products_would_read_wrongly_is_refused(compiled):
+    block, _ = block_of(32, 64)
+    product, x = block.parts[1], torch.randn(4, 32)
+    for wrong in (x.double(), torch.randn(32, 4).T, torch.randn(4, 64)[:, ::2]):
+        with pytest.raises(ValueError, match="one after the other"):
+            product(wrong)
+        with pytest.raises(ValueError, match="one after the other"):
+            block(x, wrong)
+    with pytest.raises(ValueError, match="4 rows of 32 float32"):
+        product(torch.randn(4, 33))
+    with pytest.raises(ValueError, match="3 rows of 64 float32"):
+        product(x[:3], other=torch.randn(4, 64))
+    norm = nn.LayerNorm(32)
+    with pytest.raises(ValueError, match="no block of layers of 32 numbers that become 64"):
+        PanelBlock(product, product, block.parts[2], norm, norm)
+
+
+def test_a_library_of_panels_that_computes_something_else_is_not_used(compiled, fresh_cache, monkeypatch, tmp_path):
+    source = panels.SOURCE.read_text()
+    (tmp_path / "wrong.cpp").write_text(source.replace("dim + norm.eps", "dim + 0.01f + norm.eps"))
+    monkeypatch.setattr(panels, "SOURCE", tmp_path / "wrong.cpp")
+    assert compiled_panels.__wrapped__() is None
+    assert len(list(fresh_cache.glob("*.so"))) == 1
+
+
+def test_without_a_library_there_is_no_product_in_panels(monkeypatch):
+    monkeypatch.setenv("TOKPRUNE_KERNELS", "0")
+    assert compiled_panels.__wrapped__() is None
+    monkeypatch.setattr(panels, "compiled_panels", lambda: None)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        PanelProduct(torch.randn(2, 2), torch.randn(2))
+    assert fastest_product.__wrapped__(torch.float32) in (PlainProduct, PackedProduct)
+
+
+def test_a_changed_header_is_a_new_library(compiled, fresh_cache, monkeypatch, tmp_path):
+    first = compiler._built(selection.SOURCE)
+    (tmp_path / "headers").mkdir()
+    (tmp_path / "headers" / "vectors.h").write_text("// another")
+    monkeypatch.setattr(compiler, "HEADERS", tmp_path / "headers")
+    assert compiler._built(selection.SOURCE) != first
 
 
 def test_rows_are_rounded_up_to_few_numbers():

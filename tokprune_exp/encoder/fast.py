@@ -23,6 +23,7 @@ from tokprune_exp.encoder.layout import Attended, Layout, Packed, Wants
 from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.kernels.attention import attention_for
 from tokprune_exp.kernels.linear import product_of, rows_to_compute
+from tokprune_exp.kernels.panels import PanelBlock, PanelProduct
 from tokprune_exp.kernels.selection import compiled_selection
 
 Precision = Literal["fp32", "bf16"]
@@ -45,6 +46,10 @@ class FastLayer(EncoderLayer):
         self.widen = product_of([layer.intermediate], dtype)
         self.narrow = product_of([layer.output], dtype)
         self.normalise_attended, self.normalise_output = _norm(layer.attention_norm), _norm(layer.output_norm)
+        self.block = None
+        if isinstance(self.project, PanelProduct) and isinstance(self.widen, PanelProduct):
+            assert isinstance(self.narrow, PanelProduct)  # one kind serves for all products
+            self.block = PanelBlock(self.project, self.widen, self.narrow, layer.attention_norm, layer.output_norm)
         self.attention_up_to = attention_for(layer.query.out_features // layer.heads, layer.query.weight.device)
 
     def attend(
@@ -57,11 +62,11 @@ class FastLayer(EncoderLayer):
     ) -> Attended:
         """Mix the tokens of each sequence into the queries; see `EncoderLayer.attend`."""
         layout, queries = _packed(layout), _packed(queries)
-        rows = filled_up(hidden.to(self.dtype))
+        rows = self.filled_up(hidden.to(self.dtype))
         if asking is hidden:
             query, key, value = self.ask_and_answer(rows).split(self.dim, dim=1)
         else:
-            query = self.ask()(filled_up(asking.to(self.dtype)))
+            query = self.ask()(self.filled_up(asking.to(self.dtype)))
             key, value = self.answer()(rows).split(self.dim, dim=1)
         if wants.scores:
             asked, keys, values = query[: len(asking)].float(), key[: len(hidden)].float(), value[: len(hidden)].float()
@@ -101,7 +106,7 @@ class FastLayer(EncoderLayer):
 
     def scores(self, hidden: Float[Tensor, "total dim"], layout: Layout) -> Float[Tensor, "batch heads grid grid"]:
         """Compute the attention scores of the layer, before the softmax, and nothing else."""
-        rows = filled_up(hidden.to(self.dtype))
+        rows = self.filled_up(hidden.to(self.dtype))
         used = len(hidden)
         query, key, _ = self.ask_and_answer(rows)[:used].split(self.dim, dim=1)
         return scores_on_grid(query.float(), key.float(), _packed(layout), self.heads)
@@ -110,7 +115,9 @@ class FastLayer(EncoderLayer):
         self, hidden: Float[Tensor, "total dim"], context: Float[Tensor, "total dim"]
     ) -> Float[Tensor, "total dim"]:
         """Project the context, then the feed-forward block; see `EncoderLayer.finish`."""
-        rows, context = filled_up(hidden), filled_up(context)
+        if self.block is not None:
+            return self.block(hidden, context)
+        rows, context = self.filled_up(hidden), self.filled_up(context)
         if self.dtype == torch.float32:
             attended = self.normalise_attended(self.project(context, other=rows))
             mixed = self.narrow(self.widen(attended, "gelu"), other=attended)
@@ -118,6 +125,10 @@ class FastLayer(EncoderLayer):
             attended = self.normalise_attended(rows + self.project(context))
             mixed = attended + self.narrow(self.widen(attended.to(self.dtype), "gelu"))
         return self.normalise_output(mixed)[: len(hidden)]
+
+    def filled_up(self, rows: Float[Tensor, "total dim"]) -> Float[Tensor, "more dim"]:
+        """Append rows that mean nothing where the layer's products want them; see `filled_up`."""
+        return filled_up(rows) if self.project.fills_up else rows
 
 
 def on_grid(rows: Float[Tensor, "total dim"], layout: Packed, heads: int) -> Float[Tensor, "batch heads grid head_dim"]:
@@ -190,7 +201,7 @@ class FastLinear(torch.nn.Module):
 
     def forward(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """Compute x Wᵀ + b."""
-        return self.multiply(filled_up(x))[: len(x)]
+        return self.multiply(filled_up(x) if self.multiply.fills_up else x)[: len(x)]
 
 
 def with_fast_linears(module: Part) -> Part:

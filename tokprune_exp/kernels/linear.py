@@ -5,7 +5,7 @@ itself is faster on weights that lie in its own order. That order is made once, 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Literal
 
@@ -14,11 +14,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokprune_exp.kernels.panels import PanelProduct
+
 Activation = Literal["none", "gelu"]
 
 
 class PlainProduct:
     """act(x Wᵀ + b) + other, by PyTorch's own operators."""
+
+    fills_up = False
+    """Whether rows are best filled up to `rows_to_compute`."""
 
     def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"]) -> None:
         self.weight, self.bias = weight, bias
@@ -34,6 +39,8 @@ class PlainProduct:
 
 class PackedProduct:
     """The same with weights in oneDNN's own order; activation and sum are fused into the product."""
+
+    fills_up = True
 
     def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"]) -> None:
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
@@ -54,7 +61,7 @@ class PackedProduct:
         return product if other is None else product + other
 
 
-Product = PlainProduct | PackedProduct
+Product = PlainProduct | PackedProduct | PanelProduct
 
 
 def product_of(layers: list[nn.Linear], dtype: torch.dtype) -> Product:
@@ -65,44 +72,53 @@ def product_of(layers: list[nn.Linear], dtype: torch.dtype) -> Product:
 
 
 @cache
-def fastest_product(dtype: torch.dtype) -> type[PlainProduct] | type[PackedProduct]:
-    """Time both on a small product and return the faster; the packed one only if it is as exact.
+def fastest_product(dtype: torch.dtype) -> type[Product]:
+    """Time all on a small product and return the fastest of those that are as exact as the plain one.
 
-    oneDNN's operator has no public name in PyTorch (its compiler uses it), so that it can be missing.
+    oneDNN's operator has no public name in PyTorch (its compiler uses it), so that it can be missing, as a C++ compiler
+    can.
     """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 384, generator=generator).to(dtype) for rows in (64, 384))
     bias = torch.zeros(384, dtype=dtype)
+    exact = x.double() @ weight.double().T
+    expected = exact, F.gelu(exact), exact + x.double()
+    calls: dict[type[Product], Callable[[], Tensor]] = {}
     with torch.inference_mode():
         plain = PlainProduct(weight, bias)
-        try:
-            packed = PackedProduct(weight, bias)
-            answers = packed(x), packed(x, "gelu"), packed(x, other=x)
-        except (AttributeError, RuntimeError):
-            return PlainProduct
-        exact = x.double() @ weight.double().T
-        expected = exact, F.gelu(exact), exact + x.double()
-        errors = [_error(answer, true) for answer, true in zip(answers, expected, strict=True)]
         allowed = 8 * _error(plain(x), exact)
-        seconds = {
-            kind: _fastest_of(partial(product, x)) for kind, product in ((PlainProduct, plain), (PackedProduct, packed))
-        }
-    is_exact = max(errors) <= allowed
-    return PackedProduct if is_exact and seconds[PackedProduct] < seconds[PlainProduct] else PlainProduct
+        calls[PlainProduct] = partial(plain, x)
+        others: list[type[PackedProduct] | type[PanelProduct]] = [PackedProduct]
+        others += [PanelProduct] if dtype == torch.float32 else []
+        for kind in others:
+            try:
+                product = kind(weight, bias)
+                answers = product(x), product(x, "gelu"), product(x, other=x)
+            except (AttributeError, RuntimeError):
+                continue
+            errors = [_error(answer, true) for answer, true in zip(answers, expected, strict=True)]
+            if max(errors) <= allowed:
+                calls[kind] = partial(product, x)
+        seconds = _fastest_of(list(calls.values()))
+    return min(zip(seconds, calls, strict=True), key=lambda one: one[0])[1]
 
 
 def _error(answer: Tensor, exact: Tensor) -> float:
     return float((answer.double() - exact).abs().max())
 
 
-def _fastest_of(call: Callable[[], Tensor], tries: int = 60) -> float:
-    """Seconds of the fastest of some calls: what else runs on the machine only ever adds to a call."""
-    seconds = []
+def _fastest_of(calls: Sequence[Callable[[], Tensor]], tries: int = 100) -> list[float]:
+    """Seconds of the fastest try of each call: what else runs on the machine only ever adds to a call.
+
+    They take turns, since what else runs may run for as long as all tries of one call take.
+    """
+    seconds = [float("inf")] * len(calls)
     for _ in range(tries):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        for place, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            seconds[place] = min(seconds[place], time.perf_counter() - start)
+    return seconds
 
 
 def rows_to_compute(rows: int) -> int:
