@@ -11,7 +11,8 @@ Algorithm 1 has three steps, here stages of one command:
     hard    the weights learn what is deployed
 
 The soft model is not the hard one: a token multiplied by almost 0 is still attended to. What that costs is measured
-between the stages (`findings.binarisation`); `retainer.relaxation=straight_through` closes the gap.
+between the stages (`findings.binarisation`). Two options close the gap: with `retainer.relaxation=gated` M̃ multiplies
+exp(score) in the attention of all later layers instead, `straight_through` takes the gradient of that through M.
 
 With a `budget`, λ gives way to μ·(soft cost − budget)² in the soft stage, and in the hard stage a common factor of all
 thresholds keeps the cost where it was asked for, while the official method's token count drifts.
