@@ -48,7 +48,8 @@ def read_tables(files: Sequence[Path]) -> list[tuple[Path, int, Row]]:
                     raise UserError(f"{file} is no curves.csv: it has no column {', '.join(missing)}")
                 lines += [(file, number, row) for number, row in enumerate(reader, start=2)]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{file} cannot be read as a curves.csv: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{file} cannot be read as a curves.csv: {why}") from error
     return lines
 
 
