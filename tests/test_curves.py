@@ -540,12 +540,16 @@ def test_lines_of_a_table_that_hold_no_numbers_or_another_metric_are_named_and_l
     lines = (sweep / "curves" / "curves.csv").read_text("utf-8").splitlines()
     table = tmp_path / "table.csv"
     dense, first, second, *_ = lines[1:]
-    broken = first.replace(",81.0,", ",nan,"), second.replace("accuracy", "matthews")
+    broken = [first.replace(",81.0,", ",nan,"), second.replace("accuracy", "matthews")]
+    place = lines[0].split(",").index("metric_n")
+    broken += [",".join(first.split(",")[:place]), ",".join([*first.split(",")[:place], "0"])]
     table.write_text("\n".join([lines[0], dense, *broken]) + "\n", "utf-8")
     done = command(sweep, table, cwd=tmp_path)
-    assert done.returncode == 0 and "Left out: 2 of" in done.stdout
+    assert done.returncode == 0 and "Left out: 4 of" in done.stdout
     assert f"{table}: line 3: metric_mean=nan is no number" in done.stdout
     assert f"{table}: line 4: its metric is matthews, not accuracy" in done.stdout
+    assert f"{table}: line 5: metric_n=None is no number" in done.stdout
+    assert f"{table}: line 6: metric_n=0 is no number of runs" in done.stdout
 
 
 def test_a_table_alone_needs_a_place_and_no_other_file_is_taken_for_a_table(sweep, tmp_path):

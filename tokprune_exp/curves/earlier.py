@@ -174,7 +174,10 @@ def _spread(row: Row, name: str) -> Spread:
     mean = _number(row, f"{name}_mean")
     deviation = _number(row, f"{name}_std") if row.get(f"{name}_std") else None
     least, greatest = (_number(row, f"{name}_{end}") if row.get(f"{name}_{end}") else mean for end in ("min", "max"))
-    return Spread(mean, deviation, least, greatest, int(row["metric_n"]))
+    count = int(_number(row, "metric_n"))
+    if count < 1:
+        raise ValueError(f"metric_n={count} is no number of runs")
+    return Spread(mean, deviation, least, greatest, count)
 
 
 def _number(row: Row, key: str) -> float:

@@ -48,7 +48,8 @@ def soft_cost(model: PrunedClassifier, trace: PruningTrace) -> Float[Tensor, ""]
     """Compute the expected multiply-adds under soft masks, a layer's by `layer_macs`, and the pruner's.
 
     Layer by layer (LTP) a token passes layer l with probability M̃^l, so Σ_i Π_{k≤l} M̃^k_i tokens leave it. In a plan
-    (STTABT) the masks say what is there: Σ m^l keys, Σ m^{l+1} queries and outputs.
+    (STTABT) the masks say what is there: Σ m^l keys, Σ m^{l+1} queries and outputs. Where LTP's relaxed model is the
+    hard one or nearly so (gated, straight-through), the hard mask is counted, with the soft one's gradient.
 
     Layer by layer the gradient reaches the thresholds alone: at small budgets a model whose weights it reached too did
     not recover from the step to hard masks (docs/ltp.md).
