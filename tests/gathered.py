@@ -1,5 +1,6 @@
 """What the gathered = masked tests of several methods share: the assertion, real sentences, encoders loaded once."""
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from tokprune_exp.data.batch import Batch
 from tokprune_exp.encoder.backbone import Backbone
 from tokprune_exp.encoder.pretrained import LoadedBackbone, load_backbone
 from tokprune_exp.encoder.trace import PruningTrace
-from tokprune_exp.model import PrunedClassifier
+from tokprune_exp.losses import task_loss
+from tokprune_exp.model import Execution, PrunedClassifier
 
 SENTENCES = [
     "dull",
@@ -33,6 +35,29 @@ def assert_gathered_equals_masked(model: PrunedClassifier, batch: Batch) -> Prun
     torch.testing.assert_close(gathered.logits, masked.logits, atol=1e-5, rtol=0)
     assert_same_tokens(gathered.trace, masked.trace)
     return gathered.trace
+
+
+def assert_gathered_has_the_gradients_of_masked(model: PrunedClassifier, batch: Batch) -> None:
+    """Of the loss and of what the tokens are chosen by; a pruned token has none in either."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    wanted = dict(gradients(model, batch, "masked"))
+    assert max(gradient.abs().max() for gradient in wanted.values()) > 1e-3
+    for name, gradient in gradients(model, batch, "gathered"):
+        torch.testing.assert_close(gradient, wanted[name], atol=2e-5, rtol=1e-4)
+
+
+def gradients(model: PrunedClassifier, batch: Batch, execution: Execution) -> Iterator[tuple[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(batch, execution)
+    loss = task_loss(output.logits, batch.labels).mean()
+    for decision in output.trace.decisions:
+        if decision.importance.requires_grad:
+            slope = torch.linspace(-0.1, 0.1, decision.importance.shape[1])
+            loss = loss + (decision.importance * batch.valid * slope).sum()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        yield name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
 def assert_same_tokens(ours: PruningTrace, theirs: PruningTrace) -> None:

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from gathered import SENTENCES, assert_gathered_equals_masked, loaded_once
+from gathered import (
+    SENTENCES,
+    assert_gathered_equals_masked,
+    assert_gathered_has_the_gradients_of_masked,
+    loaded_once,
+)
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -639,6 +644,7 @@ def test_gathered_equals_masked_on_random_weights(
         trace = assert_gathered_equals_masked(model, ragged_batch(model, (LENGTHS * 5)[:size], extra=2))
         kept = trace.counts("outputs")[0].tolist()
         assert kept[-1] < kept[1] <= 23
+    assert_gathered_has_the_gradients_of_masked(model, ragged_batch(model, LENGTHS, extra=2))
 
 
 def test_fvcore_counts_the_closed_form_of_a_model_that_prunes_at_every_layer(

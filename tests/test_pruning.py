@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gathered import assert_gathered_has_the_gradients_of_masked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -103,6 +104,16 @@ def test_gathered_equals_masked_with_every_setting(
     masked, gathered = both(model, ragged_batch(model, LENGTHS))
     torch.testing.assert_close(gathered.logits, masked.logits, atol=1e-5, rtol=0)
     assert_equal_traces(gathered.trace, masked.trace)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus", "adaptive_cls_mean"])
+@pytest.mark.parametrize("scorer", SCORER_VARIANTS)
+def test_gathered_training_has_the_gradients_of_masked_training(
+    scorer: str, retainer: str, layer: int, random_classifier: Build, ragged_batch: Build
+) -> None:
+    model = random_classifier(SCORER_VARIANTS[scorer], partial(RETAINER_VARIANTS[retainer], layer=layer))
+    assert_gathered_has_the_gradients_of_masked(model, ragged_batch(model, LENGTHS, extra=2))
 
 
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass"])

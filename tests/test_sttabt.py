@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import enlarged
-from gathered import SENTENCES, assert_gathered_equals_masked, loaded_once
+from gathered import (
+    SENTENCES,
+    assert_gathered_equals_masked,
+    assert_gathered_has_the_gradients_of_masked,
+    loaded_once,
+)
 from lightning.pytorch import Trainer
 from test_config import problems
 from torch import Tensor, nn
@@ -597,6 +602,7 @@ def test_gathered_equals_masked_on_random_weights(
         trace = assert_gathered_equals_masked(model, ragged_batch(model, (LENGTHS * 5)[:size], extra=2))
         assert_the_sets_are_a_plan(trace)
         assert 1 < trace.counts("keys")[0, -1] < 23 and trace.counts("keys").diff(dim=1).max() <= 0
+    assert_gathered_has_the_gradients_of_masked(model, ragged_batch(model, LENGTHS, extra=2))
 
 
 def assert_gathered_equals_masked_with_the_weights_of(directory: Path, pair: str) -> None:

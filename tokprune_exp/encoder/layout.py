@@ -4,7 +4,7 @@ The encoder is written once and asks its layout for everything that differs betw
 
 * `Padded` keeps the shape (batch, tokens, dim) for ever; a pruned token is only masked as a key. Differentiable.
 * `Packed` holds (total, dim): the tokens that are still there, sequence after sequence. A pruned token and padding
-  are gone. Used to evaluate, time and deploy.
+  are gone. Used to evaluate, time and deploy, and to train where no gradient asks what a pruned token would have done.
 
 Importance and keep masks are one number per token and always lie on the grid (batch, tokens) of the padded batch.
 """
@@ -234,8 +234,13 @@ class Packed:
         wants: Wants = Wants(),
         queries: "Padded | Packed | None" = None,
     ) -> Attended:
-        """Mix the values within each sequence; see `Padded.attend`. One small attention per sequence, no padding."""
+        """Mix the values within each sequence; see `Padded.attend`. One small attention per sequence, no padding.
+
+        Where gradients are wanted, one padded attention of the tokens that are left: fewer, larger products.
+        """
         attending = queries if isinstance(queries, Packed) else self
+        if query.requires_grad and not wants.scores:
+            return self._attend_together(query, key, value, heads, dropout, wants, attending)
         dim = query.shape[1]
         q, k, v = (x.unflatten(1, (heads, dim // heads)).transpose(0, 1) for x in (query, key, value))  # (H, total, ·)
         sequences = zip(q.split(attending.counts, 1), k.split(self.counts, 1), v.split(self.counts, 1), strict=True)
@@ -254,6 +259,40 @@ class Packed:
             self.to_grid(torch.cat(received)) if wants.received else None,
             self._on_grid(scores, attending) if wants.scores else None,
         )
+
+    @cached_property
+    def block(self) -> tuple[Int[Tensor, " total"], Bool[Tensor, "batch longest"]]:
+        """Where each row goes when the sequences are padded to the longest one, and which places there are taken."""
+        counts, longest = self.alive.sum(1), max(self.counts)
+        sequence = self.rows // self.alive.shape[1]
+        rank = torch.arange(len(self.rows), device=self.rows.device) - (counts.cumsum(0) - counts)[sequence]
+        taken = torch.arange(longest, device=self.rows.device) < counts[:, None]
+        return sequence * longest + rank, taken
+
+    def _attend_together(
+        self,
+        query: Float[Tensor, "queries dim"],
+        key: Float[Tensor, "total dim"],
+        value: Float[Tensor, "total dim"],
+        heads: int,
+        dropout: float,
+        wants: Wants,
+        attending: "Packed",
+    ) -> Attended:
+        q, k, v = (layout._in_block(rows, heads) for layout, rows in ((attending, query), (self, key), (self, value)))
+        (asking, is_query), (place, is_key) = attending.block, self.block
+        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+        weights = scores.masked_fill(~is_key[:, None, None, :], float("-inf")).softmax(-1)
+        context = (F.dropout(weights, dropout) @ v).transpose(1, 2).reshape(-1, query.shape[1])
+        received = None
+        if wants.received:
+            received = self.to_grid((weights.mean(1) * is_query[:, :, None]).sum(1).flatten()[place])
+        return Attended(context.index_select(0, asking), received)
+
+    def _in_block(self, rows: Float[Tensor, "total dim"], heads: int) -> Float[Tensor, "batch heads longest part"]:
+        place, taken = self.block
+        block = rows.new_zeros(taken.numel(), rows.shape[1]).index_copy(0, place, rows)
+        return block.view(*taken.shape, heads, -1).transpose(1, 2)
 
     def scores(
         self, query: Float[Tensor, "total dim"], key: Float[Tensor, "total dim"], heads: int

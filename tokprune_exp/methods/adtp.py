@@ -179,10 +179,16 @@ class ADTP(StudentModule):
         return self.model.attribute(batch, self.attribution, create_graph=distils)
 
     def pruned_pass(self, batch: Batch) -> ClassifierOutput:
-        """Run the deployed computation; in the first `dense_fraction` of the steps every token is still kept."""
+        """Run the deployed computation; in the first `dense_fraction` of the steps every token is still kept.
+
+        Gathered, unless a gate has a gradient for the tokens that are dropped.
+        """
+        has_gate = self.one_ratio.gate_temperature is not None
         if isinstance(self.retainer, AdaptiveRatio):
             self.retainer.gumbel_temperature = 1 - 0.9 * self.progress  # τ_g, 1 → 0.1
-        return self.model.classify(*self.model.start(batch), enforce=self.progress >= self.dense_fraction)
+            has_gate = has_gate or self.retainer.explores
+        embeddings, layout = self.model.start(batch, "masked" if has_gate else "gathered")
+        return self.model.classify(embeddings, layout, enforce=self.progress >= self.dense_fraction)
 
     def ratio_loss(
         self, ratio_logits: Float[Tensor, "batch ratios"], target: Float[Tensor, "batch tokens"], batch: Batch

@@ -36,7 +36,7 @@ class HardPruning(StudentModule):
                 self.hold_share()
 
     def terms(self, batch: Batch) -> Terms:
-        """Compute the task loss of the pruned pass."""
-        output = self.model(batch)
+        """Compute the task loss of the pruned pass, which the tokens that leave cost nothing."""
+        output = self.model(batch, "gathered")
         loss = task_loss(output.logits.float(), batch.labels).mean()
         return Terms(loss, {"cross_entropy": loss, "retention": output.trace.retention.mean()})
