@@ -263,6 +263,25 @@ def test_without_beta_no_second_derivative_is_computed(
         asked.clear()
 
 
+def test_with_a_share_attributed_its_terms_are_those_of_the_drawn_texts_and_the_others_those_of_all(
+    adtp: Build, ragged_batch: Build
+) -> None:
+    method, part_method = adtp(), adtp(attributed_share=0.5)
+    method.eta = part_method.eta = 0.6
+    batch = taught(method, ragged_batch(method.model, [9, 4, 7, 12, 3], outputs=2))
+    torch.manual_seed(4)
+    drawn = part_method.attributed_rows(batch)
+    assert len(drawn) == 2 == len(set(drawn.tolist()))
+    torch.manual_seed(4)
+    ours = part_method.terms(batch).parts
+    of_all, of_drawn = method.terms(batch).parts, method.terms(batch.rows(drawn)).parts
+    for name in ("cross_entropy", "logit", "retention"):
+        torch.testing.assert_close(ours[name], of_all[name])
+    for name in ("attribution", "saliency", "ratio"):
+        torch.testing.assert_close(ours[name], of_drawn[name])
+        assert ours[name] != of_all[name]
+
+
 def test_before_the_dense_fraction_is_over_every_token_is_kept_while_the_pruning_learns(
     adtp: Build, ragged_batch: Build
 ) -> None:
@@ -511,6 +530,7 @@ def test_a_loss_that_is_not_a_number_stops_training_and_names_its_term(
     ("wrong", "message"),
     [
         ({"dense_fraction": 1.5}, r"method\.dense_fraction=1\.5 must lie between 0 and 1"),
+        ({"attributed_share": 0.0}, r"method\.attributed_share=0\.0 must be above 0 and at most 1"),
         ({"epochs": 0}, r"method\.epochs=0 must be at least 1"),
         ({"warmup_fraction": 1.0}, r"method\.warmup_fraction=1\.0 must be at least 0 and below 1"),
         ({"oracle_tolerance": -0.1}, r"method\.oracle_tolerance=-0\.1 must not be negative"),

@@ -27,3 +27,8 @@ class Batch:
         """Move every tensor to a device."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
+
+    def rows(self, index: Int[Tensor, " some"]) -> "Batch":
+        """Return these examples of the batch."""
+        there = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[index] for name, value in there.items() if value is not None})
