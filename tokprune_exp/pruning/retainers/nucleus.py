@@ -23,17 +23,7 @@ class Nucleus(RatioRetainer):
     The knob is η. `ratio` is the ρ* whose cost, were it the same for all texts, a training holds η at.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        layers: int,
-        ratio: float = 0.3,
-        layer: int = 0,
-        keeps_separators: bool = False,
-        gate_temperature: float | None = None,
-    ) -> None:
-        super().__init__(dim, layers, ratio, layer, keeps_separators, gate_temperature)
-        self.has_knob(0.5)
+    first_knob = 0.5
 
     def forward(
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int

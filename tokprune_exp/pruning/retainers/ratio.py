@@ -4,7 +4,7 @@
 that reads attention.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,14 +30,16 @@ class RatioRetainer(LayerRetainer):
 
     knob_ends = (0.0, 1.0)
     """The knob is ρ."""
+    first_knob: ClassVar[float | None] = None
+    """Where it starts; None: at `ratio`."""
 
     def __init__(
         self,
         dim: int,
         layers: int,
-        ratio: float,
-        layer: int,
-        keeps_separators: bool,
+        ratio: float = 0.3,
+        layer: int = 0,
+        keeps_separators: bool = False,
         gate_temperature: float | None = None,
     ) -> None:
         super().__init__(dim, layers, keeps_separators)
@@ -48,7 +50,7 @@ class RatioRetainer(LayerRetainer):
         if gate_temperature is not None and gate_temperature <= 0:
             raise ValueError(f"retainer.gate_temperature={gate_temperature} must be above 0, or null for no gate")
         self.ratio, self.layer, self.gate_temperature = ratio, layer, gate_temperature
-        self.has_knob(ratio)
+        self.has_knob(ratio if self.first_knob is None else self.first_knob)
 
     def prunes_at(self, layer: int) -> bool:
         """At the one layer."""
@@ -88,17 +90,6 @@ class RatioRetainer(LayerRetainer):
 
 class StaticRatio(RatioRetainer):
     """The same ρ for every sequence (AD-TP, Table 4: static)."""
-
-    def __init__(
-        self,
-        dim: int,
-        layers: int,
-        ratio: float = 0.3,
-        layer: int = 0,
-        keeps_separators: bool = False,
-        gate_temperature: float | None = None,
-    ) -> None:
-        super().__init__(dim, layers, ratio, layer, keeps_separators, gate_temperature)
 
     def forward(
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int
@@ -153,6 +144,8 @@ class AdaptiveRatio(RatioRetainer):
     for all texts, so that q still says who gets more, and nobody gets a ratio that q gives no weight.
     """
 
+    first_knob = 0.5
+
     def __init__(
         self,
         dim: int,
@@ -176,7 +169,6 @@ class AdaptiveRatio(RatioRetainer):
             raise ValueError(f"retainer.candidates={candidates} must be at least 2")
         self.dim, self.candidates, self.summary = dim, candidates, summary
         self.classifier = nn.Linear(dim * (2 if summary == "cls_mean" else 1), candidates)
-        self.has_knob(0.5)
         self.explores = False
         self.gumbel_temperature = 1.0
 
