@@ -34,6 +34,7 @@ from tokprune_exp.pruning.retainers import (
     AdaptiveRatio,
     LearnedThreshold,
     ManualThreshold,
+    MinP,
     Nucleus,
     RandomRatio,
     StaticRatio,
@@ -61,6 +62,7 @@ RETAINERS = {
     "random": (small_saliency, RandomRatio),
     "adaptive": (small_saliency, AdaptiveRatio),
     "nucleus": (small_saliency, Nucleus),
+    "min_p": (small_saliency, MinP),
     "static_after_attention": (by_constant, partial(StaticRatio, layer=0)),
     "manual_threshold": (by_constant, ManualThreshold),
     "learned_threshold": (by_constant, LearnedThreshold),
@@ -101,7 +103,7 @@ def test_the_share_is_the_sum_of_every_layers_products_over_that_of_the_unpruned
                     k, q, o = (int(getattr(layer, kind)[row].sum()) for kind in ("keys", "queries", "outputs"))
                     executed += 2 * DIM**2 * k + DIM**2 * q + 2 * DIM * q * k + DIM**2 * o + 2 * DIM * FF * o
                     dense += 4 * DIM**2 * n + 2 * DIM * n * n + 2 * DIM * FF * n
-                if name in ("static", "random", "adaptive", "nucleus"):
+                if name in ("static", "random", "adaptive", "nucleus", "min_p"):
                     executed += n * (DIM * 8 + 8)
                 if name == "adaptive":
                     executed += DIM * 10

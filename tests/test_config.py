@@ -122,7 +122,7 @@ def test_all_problems_are_told_at_once():
         "sed: the configuration has no key sed; did you mean seed?",
         "scorer.activation=gelu: must be softplus, relu or none",
         "loss.alpha=high: must be float",
-        "adtp prunes with retainer=adaptive or nucleus or static or random",
+        "adtp prunes with retainer=adaptive or nucleus or min_p or static or random",
     ]
 
 
@@ -136,7 +136,10 @@ def test_all_problems_are_told_at_once():
             "retainer.ration: AdaptiveRatio has no such argument; did you mean ratio?",
         ),
         (["+method=adtp", "start_from=DIR"], "a model starts from its teacher or from start_from"),
-        (["+method=adtp", "retainer=topk"], "adtp prunes with retainer=adaptive or nucleus or static or random"),
+        (
+            ["+method=adtp", "retainer=topk"],
+            "adtp prunes with retainer=adaptive or nucleus or min_p or static or random",
+        ),
         (["+method=ltp", "retainer=static"], "ltp prunes with retainer=learned_threshold"),
         (["+method=ltp", "loss=adtp"], "ltp has a loss of its own: loss=ltp"),
         (["+method=manual_topk", "+loss=ltp"], "manual_topk takes no loss"),

@@ -33,7 +33,7 @@ from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.module import PruningModule
 from tokprune_exp.model import PrunedClassifier
 from tokprune_exp.pruning.pruning import Pruning
-from tokprune_exp.pruning.retainers import AdaptiveRatio, Nucleus, RandomRatio, StaticRatio
+from tokprune_exp.pruning.retainers import AdaptiveRatio, MinP, Nucleus, RandomRatio, StaticRatio
 from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, TokenSaliency
 
 SIZES = {"layers": 2, "dim": 32, "heads": 4}
@@ -231,7 +231,7 @@ def test_the_gumbel_target_teaches_the_ratio_by_the_task_loss_alone(adtp: Build,
         assert gradients_of(method, batch)["pruning.retainer"] == reaches
 
 
-@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus])
+@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus, MinP])
 @pytest.mark.parametrize("scorer", [TokenSaliency, AttentionMass, RandomScores])
 def test_every_scorer_and_retainer_can_be_trained(
     scorer: Build, retainer: Build, adtp: Build, ragged_batch: Build

@@ -15,7 +15,7 @@ from tokprune_exp.encoder.pretrained import encoder_from_transformers
 from tokprune_exp.errors import UserError
 from tokprune_exp.head import Head
 from tokprune_exp.model import ModelCard, PrunedClassifier, load_model, save_model, without_dropout
-from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, Nucleus, RandomRatio, StaticRatio
+from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, MinP, Nucleus, RandomRatio, StaticRatio
 from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, TokenSaliency
 
 LENGTHS = [23, 1, 2, 3, 40, 11, 5]
@@ -31,6 +31,7 @@ PRUNINGS: dict[str, tuple[Any, Any]] = {
         partial(AttentionMass, normalisation="constant", constant=64),
         partial(StaticRatio, ratio=0.4, layer=1, keeps_separators=True),
     ),
+    "min_p": (TokenSaliency, partial(MinP, ratio=0.4, layer=1)),
     "nucleus": (TokenSaliency, partial(Nucleus, ratio=0.4, layer=1, keeps_separators=True)),
     "random": (partial(RandomScores, seed=9), partial(RandomRatio, ratio=0.4, layer=1, seed=8, keeps_separators=True)),
 }

@@ -24,7 +24,7 @@ from tokprune_exp.head import Head
 from tokprune_exp.measure.evaluation import check_flops
 from tokprune_exp.model import ClassifierOutput, PrunedClassifier
 from tokprune_exp.pruning.pruning import RETAINERS, SCORERS, Prescribed, Pruning
-from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, Nucleus, RandomRatio, StaticRatio
+from tokprune_exp.pruning.retainers import AdaptiveRatio, KeepAll, MinP, Nucleus, RandomRatio, StaticRatio
 from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, TokenSaliency
 from tokprune_exp.pruning.selection import keep_top, kept_count, ranks, uniform_noise
 
@@ -46,6 +46,7 @@ RETAINER_VARIANTS = {
     "random": partial(RandomRatio, seed=5),
     "adaptive": AdaptiveRatio,
     "nucleus": Nucleus,
+    "min_p": MinP,
     "adaptive_cls_mean": partial(AdaptiveRatio, summary="cls_mean", candidates=5),
     "keep_all": KeepAll,
 }
@@ -78,13 +79,15 @@ def assert_equal_traces(ours: PruningTrace, theirs: PruningTrace) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1, LAST])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus", "min_p"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gathered_equals_masked_for_every_scorer_and_retainer(
     family: str, scorer: str, retainer: str, layer: int, random_classifier: Build, ragged_batch: Build
 ) -> None:
     model = random_classifier(SCORERS[scorer], partial(RETAINERS[retainer], layer=layer), family)
+    if retainer == "min_p":  # attention through random weights is almost even
+        model.pruning.retainer.knob.fill_(0.95)
     for size in (1, 2, 7, 32):
         masked, gathered = both(model, batch := ragged_batch(model, (LENGTHS * 5)[:size], extra=2))
         torch.testing.assert_close(gathered.logits, masked.logits, atol=1e-5, rtol=0)
@@ -107,7 +110,7 @@ def test_gathered_equals_masked_with_every_setting(
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus", "adaptive_cls_mean"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus", "min_p", "adaptive_cls_mean"])
 @pytest.mark.parametrize("scorer", SCORER_VARIANTS)
 def test_gathered_training_has_the_gradients_of_masked_training(
     scorer: str, retainer: str, layer: int, random_classifier: Build, ragged_batch: Build
@@ -125,7 +128,7 @@ def test_a_summary_of_cls_works_from_layer_one_on(scorer: str, random_classifier
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus", "min_p"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 def test_padding_columns_change_no_logit_no_mask_and_no_count(
     scorer: str, retainer: str, execution: str, random_classifier: Build, ragged_batch: Build
@@ -140,7 +143,7 @@ def test_padding_columns_change_no_logit_no_mask_and_no_count(
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus", "min_p"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 def test_a_sequence_is_pruned_in_the_same_way_in_any_company(
     scorer: str, retainer: str, execution: str, random_classifier: Build, ragged_batch: Build
@@ -258,7 +261,7 @@ def test_pruning_at_a_layer_equals_a_plain_loop_over_the_layers_of_transformers(
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
-@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus"])
+@pytest.mark.parametrize("retainer", ["static", "random", "adaptive", "nucleus", "min_p"])
 @pytest.mark.parametrize("scorer", ["token_saliency", "attention_mass", "random"])
 def test_the_first_position_stays_and_short_sequences_never_become_empty(
     scorer: str, retainer: str, execution: str, random_classifier: Build, ragged_batch: Build
@@ -270,7 +273,7 @@ def test_the_first_position_stays_and_short_sequences_never_become_empty(
     assert output.logits.isfinite().all()
     assert all(layer.outputs[:, 0].all() for layer in output.trace.layers)
     kept = output.trace.counts("outputs")[:, LAST]
-    assert kept.tolist()[:6] == [1, 2, 2, 2, 2, 1] or retainer in ("adaptive", "nucleus")
+    assert kept.tolist()[:6] == [1, 2, 2, 2, 2, 1] or retainer in ("adaptive", "nucleus", "min_p")
     assert (kept >= torch.tensor(lengths).clamp(max=2)).all()
 
 
@@ -484,6 +487,21 @@ def test_a_nucleus_is_the_shortest_beginning_of_the_ranking_that_holds_the_share
         assert set(keep[row].nonzero()[:, 0].tolist()) == {0, *falling[:enough]}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_min_p_keeps_what_reaches_a_share_of_the_largest_importance(share: float) -> None:
+    lengths = [21, 11, 6, 2, 1]
+    layout, hidden = a_layout(lengths)
+    retainer = MinP(6, 4)
+    retainer.knob.fill_(share)
+    importance = torch.randn(5, 21, generator=torch.Generator().manual_seed(1))
+    importance[:, 0] = 9.0  # the first token stays anyhow, and is no measure for the others
+    keep = retainer(importance, hidden, layout, 0).keep
+    for row, length in enumerate(lengths):
+        heights = {place: max(0.0, float(importance[row, place])) for place in range(1, length)}
+        tall = {place for place, height in heights.items() if height >= share * max(heights.values())}
+        assert set(keep[row].nonzero()[:, 0].tolist()) == {0, *tall}
+
+
 def test_an_adaptive_ratio_is_a_quantile_of_what_is_predicted() -> None:
     layout, hidden = a_layout([21, 11, 6])
     retainer = AdaptiveRatio(6, 4, candidates=5)
@@ -521,7 +539,7 @@ def test_a_setting_out_of_its_bounds_is_refused_by_its_key(build: Build, message
         build(8)
 
 
-@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus])
+@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus, MinP])
 def test_a_layer_that_the_encoder_does_not_have_is_refused(retainer: Build, random_classifier: Build) -> None:
     with pytest.raises(ValueError, match=r"retainer\.layer=4, but this encoder has layers 0 to 3"):
         random_classifier(TokenSaliency, partial(retainer, layer=4))
@@ -592,7 +610,7 @@ def test_the_task_loss_teaches_the_ratio_through_the_gate(
     assert gradient.isfinite().all() and gradient.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus])
+@pytest.mark.parametrize("retainer", [StaticRatio, RandomRatio, AdaptiveRatio, Nucleus, MinP])
 def test_a_gate_temperature_lets_the_task_teach_the_scorer_and_changes_no_value(
     retainer: Callable[..., Any], random_classifier: Build, ragged_batch: Build
 ) -> None:

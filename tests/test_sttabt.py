@@ -1270,7 +1270,10 @@ FIT = "scorer=approx_attention and exact_attention go with retainer=backtracking
         (["+method=sttabt", "scorer.initialisation=no"], "scorer.initialisation=no: must be random or interpolated"),
         (["+method=sttabt", "method.approx_hidden=both"], "method.approx_hidden=both: must be paper or code"),
         (["+method=sttabt", "retainer=topk"], "sttabt prunes with retainer=backtracking or concrete"),
-        (["+method=adtp", "retainer=concrete"], "adtp prunes with retainer=adaptive or nucleus or static or random"),
+        (
+            ["+method=adtp", "retainer=concrete"],
+            "adtp prunes with retainer=adaptive or nucleus or min_p or static or random",
+        ),
         (["+method=ltp", "retainer=backtracking"], "ltp prunes with retainer=learned_threshold"),
     ],
 )

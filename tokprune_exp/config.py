@@ -501,8 +501,8 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
             (
                 "ADTP",
                 "adtp",
-                ("AdaptiveRatio", "Nucleus", "StaticRatio", "RandomRatio"),
-                ("adaptive", "nucleus", "static", "random"),
+                ("AdaptiveRatio", "Nucleus", "MinP", "StaticRatio", "RandomRatio"),
+                ("adaptive", "nucleus", "min_p", "static", "random"),
             ),
             ("LTP", "ltp", ("LearnedThreshold",), ("learned_threshold",)),
             ("ManualThreshold", "manual_threshold", ("ManualThreshold",), ("manual_threshold",)),

@@ -38,7 +38,7 @@ from tokprune_exp.methods.module import Stage, Terms
 from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import ClassifierOutput, PrunedClassifier, without_dropout
 from tokprune_exp.pruning.pruning import Prescribed, Pruning
-from tokprune_exp.pruning.retainers import AdaptiveRatio, Nucleus, RatioRetainer, StaticRatio
+from tokprune_exp.pruning.retainers import AdaptiveRatio, RatioRetainer, SelfAdapting, StaticRatio
 from tokprune_exp.pruning.scorers import TokenSaliency
 
 
@@ -85,7 +85,9 @@ class ADTP(StudentModule):
         if ratio_target not in ("mass", "oracle", "gumbel"):
             raise ValueError(f"method.ratio_target={ratio_target}: mass, oracle or gumbel")
         if model.pruning is None or not isinstance(model.pruning.retainer, RatioRetainer):
-            raise ValueError("adtp needs a scorer and a retainer that prunes: adaptive, nucleus, static or random")
+            raise ValueError(
+                "adtp needs a scorer and a retainer that prunes: adaptive, nucleus, min_p, static or random"
+            )
         self.loss, self.attribution = loss, attribution
         self.ratio_target, self.oracle_tolerance, self.dense_fraction = ratio_target, oracle_tolerance, dense_fraction
         self.attributed_share = attributed_share
@@ -121,7 +123,7 @@ class ADTP(StudentModule):
         With a budget ρ* follows from it: it is the ratio at which keeping the same share of every text costs as much.
         """
         learns_from_labels = isinstance(self.retainer, AdaptiveRatio) and self.ratio_target != "gumbel"
-        if self.budget is None and not (learns_from_labels or isinstance(self.retainer, Nucleus)):
+        if self.budget is None and not (learns_from_labels or isinstance(self.retainer, SelfAdapting)):
             return
         self.draw_calibration(data, device)
         assert self.model.pruning is not None

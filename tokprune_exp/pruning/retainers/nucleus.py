@@ -13,17 +13,15 @@ from torch import Tensor
 from tokprune_exp.encoder.layout import Layout
 from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.pruning.retainers.base import prunable_and_protected
-from tokprune_exp.pruning.retainers.ratio import RatioRetainer
+from tokprune_exp.pruning.retainers.ratio import SelfAdapting
 from tokprune_exp.pruning.selection import ranks
 
 
-class Nucleus(RatioRetainer):
+class Nucleus(SelfAdapting):
     """Keeps the protected tokens and the fewest prunable ones that hold the share η of what V holds, at least one.
 
-    The knob is η. `ratio` is the ρ* whose cost, were it the same for all texts, a training holds η at.
+    The knob is η.
     """
-
-    first_knob = 0.5
 
     def forward(
         self, importance: Float[Tensor, "batch grid"], hidden: Float[Tensor, "*tokens dim"], layout: Layout, layer: int

@@ -88,6 +88,15 @@ class RatioRetainer(LayerRetainer):
         }
 
 
+class SelfAdapting(RatioRetainer):
+    """Keeps of each sequence as much as its importances ask for, with nothing that predicts how much.
+
+    `ratio` is the ρ* whose cost, were it the same for all texts, a training holds the knob at.
+    """
+
+    first_knob = 0.5
+
+
 class StaticRatio(RatioRetainer):
     """The same ρ for every sequence (AD-TP, Table 4: static)."""
 
