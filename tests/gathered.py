@@ -41,6 +41,7 @@ def assert_gathered_has_the_gradients_of_masked(model: PrunedClassifier, batch: 
     """Of the loss and of what the tokens are chosen by; a pruned token has none in either."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    assert (model(batch).trace.layers[-1].outputs != batch.valid).any()
     wanted = dict(gradients(model, batch, "masked"))
     assert max(gradient.abs().max() for gradient in wanted.values()) > 1e-3
     for name, gradient in gradients(model, batch, "gathered"):
@@ -55,6 +56,8 @@ def gradients(model: PrunedClassifier, batch: Batch, execution: Execution) -> It
         if decision.importance.requires_grad:
             slope = torch.linspace(-0.1, 0.1, decision.importance.shape[1])
             loss = loss + (decision.importance * batch.valid * slope).sum()
+        if decision.ratio_logits is not None:
+            loss = loss + decision.ratio_logits.square().mean()
     loss.backward()
     for name, parameter in model.named_parameters():
         yield name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

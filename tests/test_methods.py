@@ -270,16 +270,22 @@ def test_with_a_share_attributed_its_terms_are_those_of_the_drawn_texts_and_the_
     method.eta = part_method.eta = 0.6
     batch = taught(method, ragged_batch(method.model, [9, 4, 7, 12, 3], outputs=2))
     torch.manual_seed(4)
-    drawn = part_method.attributed_rows(batch)
+    drawn = part_method.attributed_rows(batch, 0.4)
     assert len(drawn) == 2 == len(set(drawn.tolist()))
     torch.manual_seed(4)
     ours = part_method.terms(batch).parts
     of_all, of_drawn = method.terms(batch).parts, method.terms(batch.rows(drawn)).parts
     for name in ("cross_entropy", "logit", "retention"):
         torch.testing.assert_close(ours[name], of_all[name])
-    for name in ("attribution", "saliency", "ratio"):
+    for name in ("attribution", "saliency"):
         torch.testing.assert_close(ours[name], of_drawn[name])
         assert ours[name] != of_all[name]
+    # the labels are those of the drawn texts, the mean ratio that of all
+    logits = part_method.pruned_pass(batch).trace.decisions[0].ratio_logits
+    ratios, asked = method.retainer.ratios, method.retainer.ratio
+    means = [LOSS.budget_weight * losses.budget_loss(rows, ratios, asked) for rows in (logits, logits[drawn])]
+    torch.testing.assert_close(ours["ratio"], of_drawn["ratio"] - means[1] + means[0])
+    assert means[0] != means[1]
 
 
 def test_before_the_dense_fraction_is_over_every_token_is_kept_while_the_pruning_learns(

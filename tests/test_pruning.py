@@ -116,6 +116,10 @@ def test_gathered_training_has_the_gradients_of_masked_training(
     scorer: str, retainer: str, layer: int, random_classifier: Build, ragged_batch: Build
 ) -> None:
     model = random_classifier(SCORER_VARIANTS[scorer], partial(RETAINER_VARIANTS[retainer], layer=layer))
+    if retainer == "min_p":
+        model.pruning.retainer.knob.fill_(0.95)
+    elif "adaptive" in retainer:
+        model.pruning.retainer.knob.fill_(0.1)
     assert_gathered_has_the_gradients_of_masked(model, ragged_batch(model, LENGTHS, extra=2))
 
 
@@ -497,9 +501,25 @@ def test_min_p_keeps_what_reaches_a_share_of_the_largest_importance(share: float
     importance[:, 0] = 9.0  # the first token stays anyhow, and is no measure for the others
     keep = retainer(importance, hidden, layout, 0).keep
     for row, length in enumerate(lengths):
-        heights = {place: max(0.0, float(importance[row, place])) for place in range(1, length)}
-        tall = {place for place, height in heights.items() if height >= share * max(heights.values())}
-        assert set(keep[row].nonzero()[:, 0].tolist()) == {0, *tall}
+        falling = sorted(range(1, length), key=lambda place: -float(importance[row, place]))
+        tall = 0
+        for place in falling:
+            if share > 0 and tall and float(importance[row, place]) < share * float(importance[row, falling[0]]):
+                break
+            tall += 1
+        assert set(keep[row].nonzero()[:, 0].tolist()) == {0, *falling[:tall]}
+
+
+def test_min_p_keeps_one_token_where_none_is_important() -> None:
+    layout, hidden = a_layout([6, 4])
+    keep = MinP(6, 4)(torch.zeros(2, 6), hidden, layout, 0).keep
+    assert keep.tolist() == [[True, True] + 4 * [False]] * 2
+
+
+def test_a_gate_is_refused_where_what_is_dropped_is_gone(random_classifier: Build, ragged_batch: Build) -> None:
+    model = random_classifier(TokenSaliency, partial(StaticRatio, gate_temperature=0.1)).train()
+    with pytest.raises(ValueError, match="a gate needs the masked layout"):
+        model(ragged_batch(model, LENGTHS), "gathered")
 
 
 def test_an_adaptive_ratio_is_a_quantile_of_what_is_predicted() -> None:

@@ -2,7 +2,8 @@
 
 The encoder is written once and asks its layout for everything that differs between the two:
 
-* `Padded` keeps the shape (batch, tokens, dim) for ever; a pruned token is only masked as a key. Differentiable.
+* `Padded` keeps the shape (batch, tokens, dim) for ever; a pruned token is only masked as a key. What is dropped can
+  have a gradient.
 * `Packed` holds (total, dim): the tokens that are still there, sequence after sequence. A pruned token and padding
   are gone. Used to evaluate, time and deploy, and to train where no gradient asks what a pruned token would have done.
 
@@ -176,7 +177,8 @@ class Padded:
 class Packed:
     """Gathered running: only what is alive exists. `rows` are flat positions in the grid.
 
-    On a GPU the host waits once per choice, to learn how many tokens are left; nothing else is copied back.
+    On a GPU the host waits once per choice, to learn how many tokens are left, and in training once more, to learn the
+    longest sequence.
     """
 
     sequences: Sequences
@@ -216,7 +218,13 @@ class Packed:
     def keep(
         self, keep_mask: Bool[Tensor, "batch tokens"], gate: Float[Tensor, "batch tokens"] | None = None
     ) -> tuple["Packed", Callable[[Tensor], Tensor]]:
-        """Return the layout of the survivors and the function that gathers a tensor's survivors."""
+        """Return the layout of the survivors and the function that gathers a tensor's survivors.
+
+        Raises:
+            ValueError: a gate asks for the gradient of tokens that would be gone.
+        """
+        if gate is not None:
+            raise ValueError("a gate needs the masked layout: in the gathered one what is dropped has no gradient")
         alive = self.alive & keep_mask
         index = self.take(alive).nonzero()[:, 0]
         if len(index) == len(self.rows):
@@ -236,7 +244,8 @@ class Packed:
     ) -> Attended:
         """Mix the values within each sequence; see `Padded.attend`. One small attention per sequence, no padding.
 
-        Where gradients are wanted, one padded attention of the tokens that are left: fewer, larger products.
+        Where gradients are wanted and scores are not, one padded attention of the tokens that are left: fewer, larger
+        products.
         """
         attending = queries if isinstance(queries, Packed) else self
         if query.requires_grad and not wants.scores:

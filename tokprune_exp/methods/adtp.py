@@ -151,7 +151,7 @@ class ADTP(StudentModule):
     def terms(self, batch: Batch) -> Terms:
         """Compute AD-TP's loss: one full pass for the attributions, one pruned pass for the task."""
         weights, kappa = self.loss, self.loss.kappa_max * self.progress if self.teachers else 1.0
-        rows = self.attributed_rows(batch)
+        rows = self.attributed_rows(batch, kappa)
         attributed = batch.rows(rows)
         prunable = self.model.sequences(attributed).prunable
 
@@ -175,56 +175,69 @@ class ADTP(StudentModule):
             parts["saliency"] = losses.saliency_loss(saliency, target, prunable, weights.listwise_weight)
             total = total + weights.gamma * parts["saliency"]
         if decision.ratio_logits is not None:
-            parts["ratio"] = self.ratio_loss(decision.ratio_logits[rows], target, attributed)
+            parts["ratio"] = self.ratio_loss(decision.ratio_logits, rows, target, attributed)
             total = total + weights.gamma * parts["ratio"]
         parts["retention"] = pruned.trace.retention[:, -1].mean()
         return Terms(total, parts)
 
-    def attributed_rows(self, batch: Batch) -> Int[Tensor, " some"]:
-        """Draw the texts whose attribution this step computes, and on which L_IG, L_TSP and L_ARP are means.
+    def attributed_rows(self, batch: Batch, kappa: float) -> Int[Tensor, " some"]:
+        """Draw the texts on which L_IG, L_TSP and the labels' part of L_ARP are means: all, or an attributed share.
 
-        Two thirds of a step are spent on it: twice differentiated, in fp32, nothing pruned.
+        Two thirds of a step are spent on their attribution: twice differentiated, in fp32, nothing pruned.
         """
         size = len(batch.labels)
-        if self.attributed_share == 1:
+        if self.attributed_share == 1 or not self.reads_own_attribution(kappa):
             return torch.arange(size, device=batch.labels.device)
         some = max(1, round(self.attributed_share * size))
         return torch.randperm(size, device=batch.labels.device)[:some]
 
+    def reads_own_attribution(self, kappa: float) -> bool:
+        """Whether any term depends on A_s."""
+        return self.distils_attribution or (kappa > 0 and self.loss.gamma > 0)
+
+    @property
+    def distils_attribution(self) -> bool:
+        """Whether L_IG is in force, so that A_s must be differentiable."""
+        return self.loss.beta > 0 and bool(self.teachers)
+
     def own_attribution(self, batch: Batch, kappa: float) -> Float[Tensor, "batch tokens"]:
         """Compute A_s, differentiable when L_IG needs it; zeros when nothing does."""
-        distils = self.loss.beta > 0 and bool(self.teachers)
-        if not distils and (kappa == 0 or self.loss.gamma == 0):
+        if not self.reads_own_attribution(kappa):
             return torch.zeros_like(batch.valid, dtype=torch.float32)
-        return self.model.attribute(batch, self.attribution, create_graph=distils)
+        return self.model.attribute(batch, self.attribution, create_graph=self.distils_attribution)
 
     def pruned_pass(self, batch: Batch) -> ClassifierOutput:
         """Run the deployed computation; in the first `dense_fraction` of the steps every token is still kept.
 
         Gathered, unless a gate has a gradient for the tokens that are dropped.
         """
-        has_gate = self.one_ratio.gate_temperature is not None
         if isinstance(self.retainer, AdaptiveRatio):
             self.retainer.gumbel_temperature = 1 - 0.9 * self.progress  # τ_g, 1 → 0.1
-            has_gate = has_gate or self.retainer.explores
-        embeddings, layout = self.model.start(batch, "masked" if has_gate else "gathered")
+        embeddings, layout = self.model.start(batch, "masked" if self.one_ratio.has_gate else "gathered")
         return self.model.classify(embeddings, layout, enforce=self.progress >= self.dense_fraction)
 
     def ratio_loss(
-        self, ratio_logits: Float[Tensor, "batch ratios"], target: Float[Tensor, "batch tokens"], batch: Batch
+        self,
+        ratio_logits: Float[Tensor, "batch ratios"],
+        rows: Int[Tensor, " some"],
+        target: Float[Tensor, "some tokens"],
+        attributed: Batch,
     ) -> Float[Tensor, ""]:
-        """Compute L_ARP = CE(q, y(a_c)) + μ·(mean Σ_c q_c r_c − ρ*)²; gumbel has the second term only."""
+        """Compute L_ARP = CE(q, y(a_c)) + μ·(mean Σ_c q_c r_c − ρ*)²; gumbel has the second term only.
+
+        The labels are those of the `attributed` rows, the mean is over all.
+        """
         assert isinstance(self.retainer, AdaptiveRatio)
         ratios = self.retainer.ratios
         loss = self.loss.budget_weight * losses.budget_loss(ratio_logits, ratios, self.retainer.ratio)
         if self.ratio_target == "mass":
-            mass = losses.mass_by_ratio(target, self.model.sequences(batch).prunable, ratios)
+            mass = losses.mass_by_ratio(target, self.model.sequences(attributed).prunable, ratios)
             if self.eta is None or not self.teachers:  # no teacher's view to set η by: it follows the student's own
                 now = losses.calibrate_eta(mass, ratios, self.retainer.ratio)
                 self.eta = now if self.eta is None else 0.98 * self.eta + 0.02 * now
-            loss = loss + F.cross_entropy(ratio_logits, losses.smallest_sufficient_ratio(mass, self.eta))
+            loss = loss + F.cross_entropy(ratio_logits[rows], losses.smallest_sufficient_ratio(mass, self.eta))
         if self.ratio_target == "oracle":
-            loss = loss + F.cross_entropy(ratio_logits, self.oracle_ratio(target, batch))
+            loss = loss + F.cross_entropy(ratio_logits[rows], self.oracle_ratio(target, attributed))
         return loss
 
     @torch.no_grad()

@@ -18,10 +18,10 @@ from tokprune_exp.pruning.selection import keep_top, uniform_noise
 
 
 class RatioRetainer(LayerRetainer):
-    """Keeps the protected tokens and the ⌈ρ·|V|⌉ most important of the prunable ones; subclasses choose ρ.
+    """Keeps the protected tokens and some of the most important of the prunable ones; subclasses choose how many.
 
-    So the share of all real tokens that stays, the retention, is above ρ: by the rounding and by [CLS], most in short
-    texts.
+    Where it is a share ρ, ⌈ρ·|V|⌉ stay, so the share of all real tokens that stays, the retention, is above ρ: by the
+    rounding and by [CLS], most in short texts.
 
     With a `gate_temperature` τ the choice itself is trained by the task: in training, the mask carries the gradient of
     p_i = σ((Ŝ_i − Ŝ_(k))/τ), where Ŝ is the importance scaled to mean square 1 over V and Ŝ_(k) its smallest kept value
@@ -29,7 +29,7 @@ class RatioRetainer(LayerRetainer):
     """
 
     knob_ends = (0.0, 1.0)
-    """The knob is ρ."""
+    """The knob is ρ, if a subclass does not say otherwise."""
     first_knob: ClassVar[float | None] = None
     """Where it starts; None: at `ratio`."""
 
@@ -51,6 +51,11 @@ class RatioRetainer(LayerRetainer):
             raise ValueError(f"retainer.gate_temperature={gate_temperature} must be above 0, or null for no gate")
         self.ratio, self.layer, self.gate_temperature = ratio, layer, gate_temperature
         self.has_knob(ratio if self.first_knob is None else self.first_knob)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether in training its mask carries a gradient for the tokens that are dropped."""
+        return self.gate_temperature is not None
 
     def prunes_at(self, layer: int) -> bool:
         """At the one layer."""
@@ -180,6 +185,11 @@ class AdaptiveRatio(RatioRetainer):
         self.classifier = nn.Linear(dim * (2 if summary == "cls_mean" else 1), candidates)
         self.explores = False
         self.gumbel_temperature = 1.0
+
+    @property
+    def has_gate(self) -> bool:
+        """Also where the ratio is a sample."""
+        return self.explores or super().has_gate
 
     @property
     def ratios(self) -> Float[Tensor, " ratios"]:
