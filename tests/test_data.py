@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -239,9 +241,22 @@ def test_a_hub_that_cannot_be_reached_is_answered_in_one_sentence(
         load_source(task, data_settings(root=None))
     message = str(raised.value)
     assert "nobody/nothing:tiny was looked for on the Hugging Face hub" in message
-    assert "hf download --repo-type dataset nobody/nothing" in message
+    assert "datasets.load_dataset('nobody/nothing', 'tiny')" in message
     assert "data.root=DIR" in message
     assert "\n" not in message
+
+
+def test_without_a_network_the_hub_is_asked_once_and_nothing_waits(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    asked = [sys.executable, "-m", "tokprune_exp", "+method=finetune", "task=sst2", "data.source=hub"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Retrying" not in done.stderr
+    assert sum("cannot be reached" in line for line in (done.stdout + done.stderr).splitlines()) == 1
+    (answer,) = done.stderr.splitlines()
+    assert "nyu-mll/glue:sst2 was looked for on the Hugging Face hub" in answer
+    assert "revision='bcdcba79" in answer
 
 
 def test_the_hub_serves_a_task_without_a_directory_at_the_pinned_revision(

