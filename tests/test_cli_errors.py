@@ -37,10 +37,7 @@ def command(monkeypatch, tmp_path, capsys):
     ("arguments", "lines"),
     [
         ("", [f"no method is chosen; choose one: {METHODS}"]),
-        (
-            "+metod=adtp",
-            ["metod: there is no such group; did you mean +method=adtp?", "no method is chosen; choose one: "],
-        ),
+        ("+metod=adtp", ["metod: there is no such group; did you mean +method=adtp?"]),
         ("method=adtp", ["method is added, not replaced: write +method=adtp | finetune"]),
         ("sweep=nope", ["sweep is added, not replaced: write +sweep=adtp_alpha | adtp_beta"]),
         ("+method=adtp +task=rte", ["task is chosen already; to replace it, write task=NAME without +"]),

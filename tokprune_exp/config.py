@@ -312,11 +312,16 @@ def _unknown_keys(cfg: DictConfig) -> Iterator[str]:
             continue
         known = [entry.name for entry in fields(schema)]
         for key in sorted(set(map(str, node)) - set(known)):
-            guess = None if path else nearest(key, ADDED_GROUPS)
+            guess = None if path else _misspelt_group(key)
             if guess:
                 yield f"{key}: there is no such group; did you mean +{guess}={node[key]}?"
             else:
                 yield unknown_key(f"{path}.{key}".strip("."), known)
+
+
+def _misspelt_group(key: Any) -> str | None:
+    """The group that a key of the configuration's top level, which the schema does not have, was meant for."""
+    return None if key in (entry.name for entry in fields(RunConfig)) else nearest(str(key), ADDED_GROUPS)
 
 
 def _missing_values(cfg: DictConfig) -> Iterator[str]:
@@ -324,6 +329,8 @@ def _missing_values(cfg: DictConfig) -> Iterator[str]:
         for key in node:
             if OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, str(key)):
                 name = f"{path}.{key!s}".strip(".")
+                if name == "method" and any(_misspelt_group(other) == "method" for other in cfg):
+                    continue  # told by `_unknown_keys`
                 yield f"no method is chosen; {method_needed()}" if name == "method" else f"{name}: a value is needed"
 
 
