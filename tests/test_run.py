@@ -198,12 +198,16 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(method, kil
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(saved) == 3, "killed too late to say anything"
-    assert result_of(directory)["status"] == "running"
+    killed = result_of(directory)
+    assert killed["status"] == "running"
+    assert killed["wall_seconds"]["stages"][killed_stage] > 0
 
     again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert again.returncode == 0, again.stderr
     result = result_of(directory)
     assert result["status"] == "completed"
+    assert result["started"] == killed["started"]
+    assert result["wall_seconds"]["stages"][killed_stage] > killed["wall_seconds"]["stages"][killed_stage]
     assert set(result["metrics"]) == {"dense", "unpruned", "pruned"}
     assert f"stage {killed_stage}: goes on from" in again.stdout
     assert ("stage teacher: done before" in again.stdout) == (killed_stage != "teacher")

@@ -145,7 +145,8 @@ def train_and_measure(cfg: DictConfig, directory: Path, record: RunRecord, logge
         with record.stage(stage.name):
             epochs = min(stage.epochs, 1) * (cfg.epochs or stage.epochs)  # a stage without training stays without
             with model.encoder.compiled() if cfg.compile else nullcontext():
-                run_stage(replace(stage, epochs=epochs), stage.data or data, trainer, loggers, directory)
+                stage = replace(stage, epochs=epochs)
+                run_stage(stage, stage.data or data, trainer, loggers, directory, each_epoch=record.update)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not is_first_process():

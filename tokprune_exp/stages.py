@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 from torch import nn
@@ -32,7 +32,12 @@ LOGGER = logging.getLogger(__name__)
 
 
 def run_stage(
-    stage: Stage, data: TaskData, build_trainer: Callable[..., Trainer], loggers: list[Logger], directory: Path
+    stage: Stage,
+    data: TaskData,
+    build_trainer: Callable[..., Trainer],
+    loggers: list[Logger],
+    directory: Path,
+    each_epoch: Callable[[], None] = lambda: None,
 ) -> None:
     """Train one stage, or load what an earlier process trained; the module ends with the weights of the best epoch."""
     folder = directory / "checkpoints" / stage.name
@@ -49,7 +54,7 @@ def run_stage(
     trainer = build_trainer(
         max_epochs=stage.epochs,
         logger=loggers or False,
-        callbacks=[best, last, *patience],
+        callbacks=[best, last, *patience, LambdaCallback(on_train_epoch_end=lambda *_: each_epoch())],
         default_root_dir=directory,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,

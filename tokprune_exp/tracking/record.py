@@ -1,4 +1,4 @@
-"""result.json: the record of a run, true at every moment."""
+"""result.json: the record of a run, written at its start, after every epoch, at every result, and at its end."""
 
 import json
 import math
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "hydra-core", 
 
 
 class RunRecord:
-    """The record of one run, `result.json`, true at every moment: written at the start, at every update, at the end.
+    """The record of one run, `result.json`: written at the start, after every epoch, at every result, at the end.
 
     A context manager around the run: the status is `running` inside and `completed`, `failed` (with the reason) or
     `interrupted` afterwards; exceptions go on. Keys of `result`:
@@ -38,7 +38,8 @@ class RunRecord:
                   sttabt: approximation {untrained, distilled} of {kl, mse}}
         versions {python, <package>}   hardware {cpu, threads, gpu}
 
-    A run that is resumed in its directory under the same configuration adds to the earlier wall_seconds.
+    A run that is resumed in its directory under the same configuration keeps `started` and adds to the earlier
+    wall_seconds; what a kill took away since the last epoch is not in them.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class RunRecord:
         }
         self._continue_earlier_clock()
         self._start = time.perf_counter() - self.result["wall_seconds"]["total"]
+        self._running: tuple[str, float] | None = None
 
     def update(self, **fields: Any) -> None:
         """Put values into the record and write it; a mapping is merged into the mapping that is there.
@@ -89,18 +91,23 @@ class RunRecord:
             if key not in self.result:
                 raise ValueError(f"result.json has no key {key}; choose from {', '.join(self.result)}")
             self.result[key] = {**self.result[key], **value} if isinstance(value, Mapping) else value
-        self.result["wall_seconds"]["total"] = time.perf_counter() - self._start
+        clock, now = self.result["wall_seconds"], time.perf_counter()
+        clock["total"] = now - self._start
+        if self._running is not None:
+            stage, since = self._running
+            clock["stages"][stage] = now - since
         write_json(self.path, self.result)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent inside to `wall_seconds.stages`, also when it is left by an exception."""
-        start, stages = time.perf_counter(), self.result["wall_seconds"]["stages"]
+        earlier = self.result["wall_seconds"]["stages"].get(name, 0.0)
+        self._running = name, time.perf_counter() - earlier
         try:
             yield
         finally:
-            stages[name] = stages.get(name, 0.0) + time.perf_counter() - start
             self.update()
+            self._running = None
 
     def __enter__(self) -> "RunRecord":
         """Write the record of a run that has started."""
@@ -120,11 +127,11 @@ class RunRecord:
         self.update(status=status, reason=reason, finished=_now())
 
     def _continue_earlier_clock(self) -> None:
-        """Take over the times of an earlier part of this run, if this directory holds its record."""
+        """Take over start and times of an earlier part of this run, if this directory holds its record."""
         if self.path.exists():
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
             if earlier["config_hash"] == self.result["config_hash"]:
-                self.result["wall_seconds"] = earlier["wall_seconds"]
+                self.result |= {key: earlier[key] for key in ("started", "wall_seconds")}
 
 
 def write_json(path: Path, value: Any) -> None:
