@@ -6,7 +6,7 @@ The way of the data, in the order to read the code in:
     encoder/      layers → `PrunedEncoder`, which asks pruning/ which tokens go on and notes it in a `PruningTrace`;
                   `fast.py` with kernels/: the same for inference, by the fastest way of the machine
     pruning/      scorers: how important is each token; retainers: which tokens stay
-    head.py       the pooled token → logits, score or span
+    head.py       the pooled token → logits or score
     losses.py     each term of each objective, with the number of its equation
     methods/      what trains, in which stages: a page per method over the parts above
     measure/      metrics, FLOPs and latency of what was trained
