@@ -14,8 +14,8 @@ slides; here, by `ratio_target`:
     mass    the smallest ratio whose top tokens hold the share η of a_c; η is set once so that the mean ratio is ρ*
     oracle  the smallest ratio at which the student's loss, keeping the top of a_c, is within δ of the full loss
     gumbel  no label: the task loss itself, through a straight-through sample, held by loss.budget_weight
-and, against the slides, ρ is read from the mean hidden state (at the input layer [CLS] is the same for every text), and is
-a quantile of the predicted distribution, set such that the cost is held, instead of its argmax.
+and, against the slides, ρ is read from the mean hidden state (at the input layer [CLS] is the same for every text), and
+is a quantile of the predicted distribution, set such that the cost is held, instead of its argmax.
 """
 
 from collections.abc import Callable
