@@ -111,6 +111,22 @@ def test_the_share_is_the_sum_of_every_layers_products_over_that_of_the_unpruned
     assert executed != dense
 
 
+@pytest.mark.parametrize("name", RETAINERS)
+def test_a_price_is_asked_without_computing_what_comes_after_the_last_choice(name: str, pruned: Build) -> None:
+    model, batches = pruned(name)
+    computed: list[int] = []
+    for number, layer in enumerate(model.encoder.layers):
+        layer.output.register_forward_hook(lambda *_, number=number: computed.append(number))
+    with torch.no_grad():
+        for batch in batches:
+            whole, computed[:] = model(batch, "gathered").trace, []
+            asked = model.choices(batch)
+            prunes_once = name in ("static", "random", "adaptive", "nucleus", "min_p", "static_after_attention")
+            assert computed == ([0] if prunes_once else [0, 1, 2])
+            for kind in ("keys", "queries", "outputs"):
+                assert torch.equal(asked.counts(kind), whole.counts(kind))
+
+
 def test_measuring_the_cost_leaves_the_model_in_its_mode_and_is_not_touched_by_dropout(pruned: Build) -> None:
     model, batches = pruned("learned_threshold")
     cost = cost_share(model, batches)

@@ -18,6 +18,7 @@ FLOORS = [
         "data.task",
         "data.batch",
         "data.assets",
+        "data.hub",
         "encoder",
         "kernels",
     ],

@@ -84,6 +84,12 @@ class PrunedClassifier(nn.Module):
         """Classify a batch, masked (fixed shapes) or gathered (pruned tokens and padding are gone)."""
         return self.classify(*self.start(batch, execution), prune=prune)
 
+    def choices(self, batch: Batch) -> PruningTrace:
+        """Record which tokens would be pruned, gathered, with no layer computed after the last choice."""
+        embeddings, layout = self.start(batch, "gathered")
+        rule = None if self.pruning is None else self.pruning.rule(self.encoder, embeddings, layout)
+        return self.encoder.choices(embeddings, layout, rule)
+
     def for_inference(self, precision: Precision = "fp32") -> "PrunedClassifier":
         """Return this model with the layers of `encoder/fast.py`: it runs gathered only, and cannot be trained.
 

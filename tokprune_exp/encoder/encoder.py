@@ -195,10 +195,34 @@ class PrunedEncoder(nn.Module):
         With `enforce=False` the pruning is asked and recorded but every token is kept (the warm-up of AD-TP).
         `wants_inner` also returns every layer's attention scores and hidden states.
         """
+        return self._run(hidden, layout, pruning, enforce, wants_inner, self.shape.layers)
+
+    def choices(
+        self, hidden: Float[Tensor, "*tokens dim"], layout: Layout, pruning: PruningRule | None
+    ) -> PruningTrace:
+        """Record what a pruning chooses; a layer after the last choice is recorded and not computed."""
+        places: tuple[Place, ...] = ("before", "queries", "after")
+        numbers = range(self.shape.layers)
+        chosen_in = [n for n in numbers if pruning is not None and any(pruning.decides(n, place) for place in places)]
+        output = self._run(hidden, layout, pruning, True, False, max(chosen_in, default=-1) + 1)
+        alive = output.layout.alive
+        output.trace.layers += [LayerTrace(alive, alive, alive) for _ in numbers[len(output.trace.layers) :]]
+        return output.trace
+
+    def _run(
+        self,
+        hidden: Float[Tensor, "*tokens dim"],
+        layout: Layout,
+        pruning: PruningRule | None,
+        enforce: bool,
+        wants_inner: bool,
+        until: int,
+    ) -> EncoderOutput:
+        """Run the first `until` layers."""
         trace = PruningTrace(layout.sequences.valid)
         scores: list[Tensor] = []
         outputs: list[Tensor] = []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers[:until]):
             assert isinstance(layer, EncoderLayer)
             decision = None
             if pruning is not None and pruning.decides(number, "before"):

@@ -15,7 +15,7 @@ from tokprune_exp.model import PrunedClassifier, without_dropout
 CLOSE_ENOUGH = 0.002
 """Distance from the asked share at which the search ends."""
 FIRST_STEP = 1 / 64
-HALVINGS = 12
+NARROWINGS = 16
 OUT_OF_REACH = 0.02
 """How far from the share the cheapest or the dearest setting may be before the budget is refused."""
 
@@ -27,7 +27,7 @@ def cost_share(model: PrunedClassifier, batches: Iterable[Batch]) -> float:
     shape, executed, dense = model.encoder.shape, 0, 0
     with without_dropout(model):
         for batch in batches:
-            trace = model(batch, "gathered").trace
+            trace = model.choices(batch)
             executed += int((encoder_macs(trace, shape.dim, shape.ff_dim) + model.pruning.macs(trace)).sum())
             dense += int(dense_cost(model, trace))
     return executed / dense
@@ -95,8 +95,9 @@ def check_reach(model: PrunedClassifier, batches: Sequence[Batch], share: float)
 def meet_budget(model: PrunedClassifier, batches: Sequence[Batch], share: float) -> float:
     """Turn the retainer's knob until the model costs `share`; returns the share that was reached.
 
-    From where the knob stands it goes in doubling steps towards the end that is needed, until the share is passed, and
-    then back in halves. Where the cost moves in jumps the nearest setting is taken.
+    From where the knob stands it goes in doubling steps towards the end that is needed, until the share is passed; what
+    lies between is narrowed, in turns, where a straight line would meet the share and in the middle. Where the cost
+    moves in jumps the nearest setting is taken.
 
     Raises:
         UserError: the budget lies outside what the retainer can reach.
@@ -118,9 +119,12 @@ def meet_budget(model: PrunedClassifier, batches: Sequence[Batch], share: float)
     was_too_cheap = is_too_cheap(start)
     end = dearest if was_too_cheap else cheapest
 
+    def setting_at(way: float) -> float:
+        return start + way * (end - start)
+
     def is_before(way: float) -> bool:
         """Whether the share is not yet passed after this part of the way from the start to the end."""
-        return is_too_cheap(start + way * (end - start)) == was_too_cheap
+        return is_too_cheap(setting_at(way)) == was_too_cheap
 
     near, far = 0.0, FIRST_STEP
     while not is_met() and is_before(far):
@@ -133,11 +137,13 @@ def meet_budget(model: PrunedClassifier, batches: Sequence[Batch], share: float)
                 )
             break
         near, far = far, min(1.0, 2 * far)
-    for _ in range(HALVINGS):
+    for narrowing in range(NARROWINGS):
         if is_met():
             break
-        middle = (near + far) / 2
-        near, far = (middle, far) if is_before(middle) else (near, middle)
+        at_near, at_far = reached[setting_at(near)], reached[setting_at(far)]
+        part = 0.5 if narrowing % 2 or at_near == at_far else (share - at_near) / (at_far - at_near)
+        between = near + part * (far - near)
+        near, far = (between, far) if is_before(between) else (near, between)
     best = min(reached, key=lambda setting: abs(reached[setting] - share))
     retainer.knob.fill_(best)
     return reached[best]
