@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY_WORDS
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -35,6 +36,7 @@ from tokprune_exp.model import PrunedClassifier
 from tokprune_exp.pruning.pruning import Pruning
 from tokprune_exp.pruning.retainers import AdaptiveRatio, MinP, Nucleus, RandomRatio, StaticRatio
 from tokprune_exp.pruning.scorers import AttentionMass, RandomScores, TokenSaliency
+from tokprune_exp.tracking import quieten_lightning
 
 SIZES = {"layers": 2, "dim": 32, "heads": 4}
 LOSS = ADTPLoss(alpha=0.7, beta=3.0, gamma=0.5, temperature=2.5, kappa_max=0.8, budget_weight=0.4, listwise_weight=0.3)
@@ -390,6 +392,28 @@ def test_the_teacher_is_neither_stored_nor_trained_with_the_student(adtp: Build,
     optimizer.step()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(*pair) for pair in zip(before, teacher.parameters(), strict=True))
+
+
+def test_a_resumed_student_goes_on_with_the_eta_it_had_reached(
+    tiny_tokenizer: PreTrainedTokenizerFast, data: TaskData, tmp_path: Path
+) -> None:
+    """Without a teacher η is a moving average over the batches."""
+
+    def student() -> ADTP:
+        model, build = small_model(tiny_tokenizer, 2, prunes=True), partial(torch.optim.AdamW, lr=1e-3)
+        return ADTP(model, ["accuracy"], build, ADTPLoss(alpha=0.0, beta=0.0), Attribution(), epochs=2)
+
+    quieten_lightning()
+    first = student()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    trainer.fit(first, data)
+    trainer.save_checkpoint(tmp_path / "reached.ckpt")
+    assert first.eta is not None and 0 < first.eta < 1
+    again = student()
+    again.on_load_checkpoint(torch.load(tmp_path / "reached.ckpt", weights_only=True))
+    assert again.eta == first.eta
 
 
 def test_a_teacher_is_trained_first_unless_it_is_trained_already(adtp: Build) -> None:

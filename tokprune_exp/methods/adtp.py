@@ -19,7 +19,7 @@ is a quantile of the predicted distribution, set such that the cost is held, ins
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -148,6 +148,14 @@ class ADTP(StudentModule):
             prunable = self.model.sequences(batch).prunable
             masses.append(losses.mass_by_ratio(batch.teacher_attribution, prunable, self.retainer.ratios.cpu()))
         return losses.calibrate_eta(torch.cat(masses), self.retainer.ratios.cpu(), self.retainer.ratio)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep η, which follows the student's attributions where there is no teacher."""
+        checkpoint["eta"] = self.eta
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the η that was reached."""
+        self.eta = checkpoint["eta"]
 
     def terms(self, batch: Batch) -> Terms:
         """Compute AD-TP's loss: one full pass for the attributions, one pruned pass for the task."""
