@@ -46,6 +46,15 @@ class Wants:
     scores: bool = False
 
 
+def at_least_float32(tensor: Shaped[Tensor, "*any"]) -> torch.dtype:
+    """Return the dtype in which attention is summed to importances: fp32, or fp64 where all is fp64.
+
+    Under autocast scores are bf16. A softmax that stayed in it would round each weight to eight bits: importances of
+    different tokens would become equal, and their sum would not be the number of tokens that attend.
+    """
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 GATE_CEILING = 20.0
 """How far a dropped token's score may stand above all alive ones in gated attention, so that exp and the gate's
 gradient stay finite. It touches dropped tokens only, so no value."""
@@ -136,17 +145,18 @@ class Padded:
         scores = self._products(query, key, heads)
         alive_scores = scores.masked_fill(~self.alive[:, None, None, :], float("-inf"))
         if self.gate is None:
-            weights = alive_scores.softmax(-1)
+            weights = alive_scores.softmax(-1, dtype=at_least_float32(scores) if wants.received else None)
         else:
             # relative to the largest alive score, so that the alive weights are exact whatever was dropped
             peak = alive_scores.amax(-1, keepdim=True).detach()
-            relative = (scores - peak).masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
+            relative = scores.to(at_least_float32(scores)) - peak
+            relative = relative.masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
             gated = relative.clamp(max=GATE_CEILING).exp() * self.gate[:, None, None, :]
             weights = gated / gated.sum(-1, keepdim=True)
         asking = self if queries is None else queries
         there = asking.alive if not isinstance(asking, Padded) or asking.gate is None else asking.gate
         received = self.to_grid((weights.mean(1) * there[:, :, None]).sum(1)) if wants.received else None
-        context = F.dropout(weights, dropout) @ v  # (B, H, N, dim / H)
+        context = F.dropout(weights.to(v.dtype), dropout) @ v  # (B, H, N, dim / H)
         return Attended(
             context.transpose(1, 2).reshape(batch, tokens, dim),
             received,
@@ -257,9 +267,9 @@ class Packed:
         for one_q, one_k, one_v in sequences:
             if wants.received or wants.scores:
                 scores.append(one_q @ one_k.transpose(1, 2) / (dim // heads) ** 0.5)
-                weights = scores[-1].softmax(-1)
+                weights = scores[-1].softmax(-1, dtype=at_least_float32(scores[-1]) if wants.received else None)
                 received.append(weights.mean(0).sum(0))
-                contexts.append(F.dropout(weights, dropout) @ one_v)
+                contexts.append(F.dropout(weights.to(one_v.dtype), dropout) @ one_v)
             else:
                 attended = F.scaled_dot_product_attention(one_q[None], one_k[None], one_v[None], dropout_p=dropout)
                 contexts.append(attended[0])
@@ -291,8 +301,9 @@ class Packed:
         q, k, v = (layout._in_block(rows, heads) for layout, rows in ((attending, query), (self, key), (self, value)))
         (asking, is_query), (place, is_key) = attending.block, self.block
         scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
-        weights = scores.masked_fill(~is_key[:, None, None, :], float("-inf")).softmax(-1)
-        context = (F.dropout(weights, dropout) @ v).transpose(1, 2).reshape(-1, query.shape[1])
+        scores = scores.masked_fill(~is_key[:, None, None, :], float("-inf"))
+        weights = scores.softmax(-1, dtype=at_least_float32(scores) if wants.received else None)
+        context = (F.dropout(weights.to(v.dtype), dropout) @ v).transpose(1, 2).reshape(-1, query.shape[1])
         received = None
         if wants.received:
             received = self.to_grid((weights.mean(1) * is_query[:, :, None]).sum(1).flatten()[place])
