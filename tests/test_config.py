@@ -171,6 +171,7 @@ def test_all_problems_are_told_at_once():
         (["+method=adtp", "data.train_shorter_than=-0.5"], "data.train_shorter_than=-0.5: must be a quantile"),
         (["+method=adtp", "data.train_shorter_than=nan"], "data.train_shorter_than=nan: must be a quantile"),
         (["+method=adtp", "trainer.precision=fp16"], "trainer.precision=fp16: choose from auto, "),
+        (["+method=ltp", "trainer.precision=16-mixed"], "set optimizer.fused=false, or trainer.precision=bf16-mixed"),
         (["+method=adtp", "trainer.devices=0"], "trainer.devices=0: must be the number of devices, 1 or more"),
         (["+method=adtp", "trainer.devices=auto"], "trainer.devices=auto: must be the number of devices"),
         (["+method=adtp", "+trainer.strategy=fsdp"], "trainer.strategy=fsdp: several devices train by ddp"),
@@ -205,6 +206,13 @@ def test_a_mistake_is_answered_by_one_line_that_names_it(overrides, problem):
     found = problems(*overrides)
     assert len(found) == 1
     assert problem in found[0]
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.fused=false", "trainer.gradient_clip_val=null", "trainer.accelerator=cpu"]
+)
+def test_16_mixed_is_accepted_where_gradients_are_unscaled_in_time_or_not_clipped_or_not_scaled(override):
+    assert problems("+method=ltp", "trainer.precision=16-mixed", override) == []
 
 
 def test_the_folder_changes_with_the_result_and_with_nothing_else():

@@ -494,6 +494,16 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
         "adtp cannot be compiled: its loss needs second derivatives, which torch.compile does not give",
     ),
     (
+        lambda of: (
+            of("trainer.precision") == "16-mixed"
+            and of("trainer.accelerator") != "cpu"  # where it becomes bf16-mixed, whose gradients are not scaled
+            and of.positive("trainer.gradient_clip_val")
+            and of("optimizer.fused") is True
+        ),
+        "in 16-mixed gradients are scaled, and a fused optimizer unscales them too late to be clipped: "
+        "set optimizer.fused=false, or trainer.precision=bf16-mixed",
+    ),
+    (
         lambda of: isinstance(of("budget"), int | float) and not 0 < of("budget") < 1,
         "budget is a share of the unpruned FLOPs: a number above 0 and below 1",
     ),

@@ -4,7 +4,13 @@ import torch
 
 
 def resolve_precision(precision: str, accelerator: str = "auto") -> str:
-    """Return Lightning's precision for `auto`: bf16-mixed where the hardware multiplies bf16, else 32-true."""
+    """Return what Lightning will train in: for `auto` bf16-mixed where the hardware multiplies bf16, else 32-true.
+
+    16-mixed becomes bf16-mixed on a CPU. Lightning would exchange it there in any case, and a run has to record what is
+    used.
+    """
+    if precision == "16-mixed" and resolve_accelerator(accelerator) == "cpu":
+        return "bf16-mixed"
     if precision != "auto":
         return precision
     if torch.cuda.is_available() and accelerator != "cpu":
