@@ -232,15 +232,16 @@ def test_training_on_short_texts_is_another_run_and_no_mistake():
 
 
 def test_the_sweep_over_lengths_varies_nothing_but_the_method_and_the_seed():
-    ltp, topk = (composed("+sweep=ltp_lengths", f"method={method}") for method in ("ltp", "manual_topk"))
-    assert (ltp.method._target_, topk.method._target_) == (
+    ltp, manual = (composed("+sweep=ltp_lengths", f"contender={one}") for one in ("ltp_gated", "manual_threshold"))
+    assert (ltp.method._target_, manual.method._target_) == (
         "tokprune_exp.methods.ltp.LTP",
-        "tokprune_exp.methods.manual_topk.ManualTopK",
+        "tokprune_exp.methods.manual_threshold.ManualThreshold",
     )
-    assert (topk.retainer._target_.rpartition(".")[2], topk.loss) == ("TopKSchedule", None)
-    for cfg in (ltp, topk):
+    assert (ltp.retainer.relaxation, ltp.loss.budget_weight) == ("gated", 100)
+    assert (manual.retainer._target_.rpartition(".")[2], manual.loss) == ("ManualThreshold", None)
+    for cfg in (ltp, manual):
         assert (cfg.budget, cfg.data.train_shorter_than, cfg.teacher.path) == (0.55, 0.5, None)
-    assert ltp.data == topk.data
+    assert ltp.data == manual.data
 
 
 def test_the_folder_is_named_after_the_run_or_as_the_user_says():

@@ -115,18 +115,24 @@ def test_a_value_out_of_bounds_would_be_found():
         instantiate(cfg.scorer)(MINILM.dim)
 
 
-def test_the_methods_of_the_frontier_stand_at_the_same_budgets_and_train_for_as_long():
+def test_the_methods_of_the_frontier_stand_at_the_same_budgets():
     keys = varied(sweep_directory() / "sweep" / "frontier.yaml")
     budgets = [float(value) for value in keys["budget"]]
     assert len(budgets) >= 5 and (budgets[0], budgets[-1]) == (0.15, 0.8) and budgets == sorted(budgets)
-    targets = set()
+
+
+@pytest.mark.parametrize("sweep", ["frontier", "ltp_tasks", "ltp_lengths", "ltp_relaxation"])
+def test_where_methods_are_compared_all_of_them_train_for_as_long_from_the_same_dense_model(sweep):
+    keys = varied(sweep_directory() / "sweep" / f"{sweep}.yaml")
+    assert "method" not in keys, "a method without its recipe has epochs of its own"
+    parts = set()
     for contender in keys["contender"]:
-        cfg = composed("+sweep=frontier", f"contender={contender}")
+        cfg = composed(f"+sweep={sweep}", f"contender={contender}")
         has_soft_stage = cfg.retainer._target_.rpartition(".")[2] in ("LearnedThreshold", "Concrete")
         assert cfg.method.epochs + has_soft_stage * cfg.method.get("soft_epochs", 0) == 4, contender
-        assert cfg.teacher == composed("+sweep=frontier").teacher
-        targets.add((cfg.method._target_, cfg.retainer._target_))
-    assert len(targets) == len(keys["contender"])
+        assert cfg.teacher == composed(f"+sweep={sweep}").teacher
+        parts.add((cfg.method._target_, cfg.retainer._target_, cfg.retainer.get("relaxation")))
+    assert len(parts) == len(keys["contender"])
 
 
 @pytest.mark.parametrize(
