@@ -15,6 +15,7 @@ from test_config import problems
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from tokprune_exp.attribution import Attribution
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.task import Task
@@ -23,20 +24,23 @@ from tokprune_exp.encoder.backbone import Backbone, RandomShape
 from tokprune_exp.encoder.pretrained import random_encoder
 from tokprune_exp.errors import UserError
 from tokprune_exp.head import Head
-from tokprune_exp.losses import LTPLoss
+from tokprune_exp.losses import ADTPLoss, LTPLoss
+from tokprune_exp.methods.adtp import ADTP
 from tokprune_exp.methods.budget import cost_share, meet_budget
 from tokprune_exp.methods.hard import HardPruning
 from tokprune_exp.methods.ltp import LTP
-from tokprune_exp.methods.student import CALIBRATIONS
+from tokprune_exp.methods.student import CALIBRATIONS, StudentModule
 from tokprune_exp.model import ModelCard, PrunedClassifier, load_model, save_model
 from tokprune_exp.pruning.pruning import Pruning
 from tokprune_exp.pruning.retainers import (
     AdaptiveRatio,
+    LayerRetainer,
     LearnedThreshold,
     ManualThreshold,
     MinP,
     Nucleus,
     RandomRatio,
+    RatioRetainer,
     StaticRatio,
     TopKSchedule,
 )
@@ -338,13 +342,13 @@ def data(tiny_task: Task, data_settings: Build) -> TaskData:
     return TaskData(tiny_task, data_settings(max_evaluation_examples=12))
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerFast, retainer: Build) -> PrunedClassifier:
+def tiny_model(tokenizer: PreTrainedTokenizerFast, retainer: Build, scorer: Build = by_constant) -> PrunedClassifier:
     torch.manual_seed(0)
     encoder = random_encoder(Backbone(name="tiny", random=RandomShape(layers=3)), tokenizer)
-    return PrunedClassifier(encoder, Head(32, 2), Pruning(by_constant(32), retainer(32, 3)), tokenizer.sep_token_id)
+    return PrunedClassifier(encoder, Head(32, 2), Pruning(scorer(32), retainer(32, 3)), tokenizer.sep_token_id)
 
 
-def run_stages(method: HardPruning, data: TaskData, directory: Path, only: str | None = None) -> None:
+def run_stages(method: StudentModule, data: TaskData, directory: Path, only: str | None = None) -> None:
     quieten_lightning()
     trainer = partial(
         Trainer, accelerator="cpu", devices=1, enable_progress_bar=False, log_every_n_steps=1000, gradient_clip_val=1.0
@@ -356,15 +360,30 @@ def run_stages(method: HardPruning, data: TaskData, directory: Path, only: str |
 
 @pytest.mark.parametrize(
     ("retainer", "share"),
-    [(ManualThreshold, 0.6), (TopKSchedule, 0.4), (LearnedThreshold, 0.4), (LearnedThreshold, 0.7)],
+    [
+        (ManualThreshold, 0.6),
+        (TopKSchedule, 0.4),
+        (LearnedThreshold, 0.4),
+        (LearnedThreshold, 0.7),
+        (StaticRatio, 0.6),
+        (AdaptiveRatio, 0.6),
+        (MinP, 0.6),
+    ],
 )
 def test_after_training_at_a_budget_the_model_costs_it(
-    retainer: Build, share: float, data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    retainer: type[LayerRetainer],
+    share: float,
+    data: TaskData,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
 ) -> None:
-    model = tiny_model(tiny_tokenizer, retainer)
+    is_adtp = issubclass(retainer, RatioRetainer)
+    model = tiny_model(tiny_tokenizer, retainer, small_saliency if is_adtp else by_constant)
     arguments = (model, ["accuracy"], partial(torch.optim.AdamW, lr=2e-3))
     if retainer is LearnedThreshold:
-        method: HardPruning = LTP(*arguments, LTPLoss(), budget=share, soft_epochs=1, epochs=1, pruner_lr=1e-3)
+        method: StudentModule = LTP(*arguments, LTPLoss(), budget=share, soft_epochs=1, epochs=1, pruner_lr=1e-3)
+    elif is_adtp:
+        method = ADTP(*arguments, ADTPLoss(alpha=0.0), Attribution(), budget=share, epochs=1)
     else:
         method = HardPruning(*arguments, budget=share, epochs=1)
     run_stages(method, data, tmp_path)
