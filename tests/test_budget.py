@@ -26,7 +26,7 @@ from tokprune_exp.errors import UserError
 from tokprune_exp.head import Head
 from tokprune_exp.losses import ADTPLoss, LTPLoss
 from tokprune_exp.methods.adtp import ADTP
-from tokprune_exp.methods.budget import cost_share, meet_budget
+from tokprune_exp.methods.budget import check_reach, cost_share, meet_budget
 from tokprune_exp.methods.hard import HardPruning
 from tokprune_exp.methods.ltp import LTP
 from tokprune_exp.methods.student import CALIBRATIONS, StudentModule
@@ -205,6 +205,16 @@ def test_thresholds_that_are_negative_keep_everything_and_no_factor_changes_that
         model.pruning.retainer.offset.fill_(-1.0)
     with pytest.raises(UserError, match=r"budget=0\.5 cannot be met: .* costs at least 1\.000"):
         meet_budget(model, batches, 0.5)
+
+
+@pytest.mark.parametrize("name", RETAINERS)
+def test_before_training_the_reach_of_the_knob_is_seen_and_the_knob_left_where_it_was(name: str, pruned: Build) -> None:
+    model, batches = pruned(name)
+    start = float(model.pruning.retainer.knob)
+    check_reach(model, batches, 0.5)
+    with pytest.raises(UserError, match=r"^budget=0\.01 cannot be met: .* costs between 0\.\d{3} and 1\.\d{3} of the"):
+        check_reach(model, batches, 0.01)
+    assert model.pruning.retainer.knob == start
 
 
 def test_a_budget_is_met_from_wherever_the_knob_stands(pruned: Build) -> None:

@@ -76,6 +76,24 @@ def test_adtp_learns_the_tiny_task_and_leaves_everything_it_promises(tiny_overri
     assert "result.json" in printed.replace("\n", "")
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+method=ltp", "retainer.rise=code"],  # its first layer never prunes: over half of the cost of two
+        ["+method=adtp", "retainer.layer=1", "retainer=static"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_budget_out_of_reach_ends_the_run_before_any_stage(overrides, tiny_overrides, tmp_path):
+    directory = tmp_path / "run"
+    cfg = composed([*overrides, "backbone.layers=2", "budget=0.2", "trainer=smoke", "logger=none", *tiny_overrides])
+    with pytest.raises(UserError, match=r"^budget=0\.2 cannot be met: .* costs between 0\.[5-9]\d\d and 1\."):
+        run(cfg, directory)
+    assert result_of(directory)["status"] == "failed"
+    assert result_of(directory)["wall_seconds"]["stages"] == {}
+    assert not (directory / "checkpoints").exists() and not (directory / "model").exists()
+
+
 def test_a_completed_run_is_not_run_again_unless_asked(tiny_overrides, tmp_path, caplog):
     directory, arguments = tmp_path / "run", ["+method=finetune", "method.epochs=1", "logger=none", *tiny_overrides]
     run(composed(arguments), directory)
