@@ -933,13 +933,15 @@ def test_only_the_hard_stage_is_run_again_when_the_soft_one_is_there(
     assert again.findings == first.findings and not again.learned.offset.requires_grad
 
 
-def test_with_straight_through_the_step_to_hard_masks_costs_no_accuracy(
+def test_with_straight_through_the_step_to_hard_masks_changes_neither_accuracy_nor_cost(
     data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     method = tiny_ltp(tiny_tokenizer, retainer={"relaxation": "straight_through"})
     soft, hard = run_stages(method, data, tmp_path)
     found = method.findings["binarisation"]
     assert found["soft"]["accuracy"] == found["hard"]["accuracy"]
+    assert found["soft"]["cost_share"] == pytest.approx(found["hard"]["cost_share"], rel=1e-5)
+    assert found["hard"]["cost_share"] < 0.9
     assert soft == hard and all(theta != 0 for theta in soft)
 
 
