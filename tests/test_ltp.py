@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -881,6 +882,32 @@ def test_accumulated_half_batches_move_weights_and_thresholds_as_the_whole_batch
     assert fresh.learned.offset.grad.abs().min() > 1
     for accumulated, whole in zip(*moved, strict=True):
         torch.testing.assert_close(accumulated, whole, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("weights", "thresholds"), [(10.0, 500.0), (0.3, 500.0), (10.0, 0.3), (0.3, 0.2)])
+def test_thresholds_and_weights_are_clipped_each_by_their_own_norm(
+    weights: float, thresholds: float, data: TaskData, random_classifier: Build
+) -> None:
+    """By one norm the weights' steps would be as many times shorter as the thresholds' gradient is longer."""
+    method, optimizer = random_ltp(random_classifier), torch.optim.SGD([torch.zeros(1)])
+    method._trainer = SimpleNamespace(precision="bf16-mixed")
+    parts: dict[float, list[nn.Parameter]] = {weights: [], thresholds: []}
+    for name, one in method.trained_parameters():
+        parts[thresholds if name.startswith("pruning.") else weights].append(one)
+        one.grad = torch.randn(one.shape)
+
+    def norm(parameters: list[nn.Parameter]) -> Tensor:
+        return torch.stack([one.grad.norm() for one in parameters if one.grad is not None]).norm()
+
+    assert len(parts[thresholds]) == 1 and len(parts[weights]) > 10
+    for expected, parameters in parts.items():
+        before = norm(parameters)
+        for one in parameters:
+            assert one.grad is not None
+            one.grad *= expected / before
+    method.configure_gradient_clipping(optimizer, 1.0)
+    for before, parameters in parts.items():
+        assert float(norm(parameters)) == pytest.approx(min(before, 1.0), rel=1e-4)
 
 
 def test_what_binarising_costs_is_measured_on_the_selection_slice_with_soft_and_with_hard_masks(
