@@ -501,6 +501,11 @@ def test_at_a_vanishing_temperature_the_gated_model_is_the_hard_one_and_the_soft
         with torch.no_grad():
             ours, hard = relaxed(model, batch), model(batch)
         hard_from[relaxation] = float((ours.logits - hard.logits).abs().max())
+        first = torch.arange(batch.valid.shape[1]) == 0
+        for one, two in zip(ours.trace.decisions, hard.trace.decisions, strict=True):
+            above = batch.valid & (first | (one.importance > one.threshold))
+            assert torch.equal(one.soft, above.float())
+            assert relaxation == "soft" or torch.equal(one.soft, two.keep.float())
     assert hard_from["gated"] < 1e-5 and hard_from["soft"] > 1e-2
 
 
