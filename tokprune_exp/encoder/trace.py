@@ -16,10 +16,12 @@ as keys, or after the attention (they have attended, but do not go on)."""
 class Decision:
     """What a pruning decided at one place: importances, the tokens to keep, and how the choice can be learned.
 
-    `gate` equals `keep` in value and carries gradients (straight-through). `ratio_logits` are an adaptive retainer's.
-    `soft` is a mask between 0 and 1: without a gate, the layer's output is multiplied by it (LTP, eq. 12). `priced` is
-    what a budget is priced with: `soft` or `keep` in value, with gradients for the thresholds alone.
-    `threshold` is what the importance had to exceed, where one was in force.
+    `gate`, with gradients, is what a token counts for as a key from here on, times the gates before: `keep` in value
+    (straight-through), or between 0 and 1 where nothing is dropped, the soft mask itself (LTP, gated) or the quotient
+    of two (a plan of Concrete masks). `ratio_logits` are an adaptive retainer's. `soft` is a mask between 0 and 1:
+    without a gate, the layer's output is multiplied by it (LTP, eq. 12). `priced` is what a budget is priced with:
+    `soft` or `keep` in value, with gradients for the thresholds alone. `threshold` is what the importance had to
+    exceed, where one was in force.
     """
 
     importance: Float[Tensor, "batch tokens"]
