@@ -955,6 +955,24 @@ def test_what_binarising_costs_is_written_and_found_again_when_the_stages_are_lo
         assert torch.equal(tensor, method.model.state_dict()[name])
 
 
+def test_a_stage_says_the_metric_of_the_epoch_that_it_keeps(
+    data: TaskData,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    falling = iter((0.9, 0.6, 0.8, 0.5))
+    monkeypatch.setattr("tokprune_exp.methods.module.evaluate_metrics", lambda *given: {"accuracy": next(falling)})
+    with caplog.at_level("INFO", "tokprune_exp"):
+        run_stages(tiny_ltp(tiny_tokenizer, soft_epochs=2, epochs=2), data, tmp_path)
+    said = [record.getMessage() for record in caplog.records if "epoch has" in record.getMessage()]
+    assert said == [
+        "stage soft: last epoch has soft/selection_accuracy = 0.6000",
+        "stage hard: best epoch has hard/selection_accuracy = 0.8000",
+    ]
+
+
 def test_only_the_hard_stage_is_run_again_when_the_soft_one_is_there(
     data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ def run_stage(
     directory: Path,
     each_epoch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train one stage, or load what an earlier process trained; the module ends with the weights of the best epoch."""
+    """Train one stage, or load what an earlier process trained; the module ends with the weights of `stage.keeps`."""
     folder = directory / "checkpoints" / stage.name
     weights = folder / "weights.safetensors"
     stage.module.prefix = stage.name
@@ -79,7 +79,9 @@ def run_stage(
             shared[1].load_state_dict(load_file(shared[0]))
         elif stage.epochs:
             train(stage, trainer, data, folder)
-            LOGGER.info("stage %s: best epoch has %s = %.4f", stage.name, metric, float(best.best_model_score or 0))
+            score = best.best_model_score if stage.keeps == "best" else trainer.callback_metrics.get(metric)
+            value = float("nan") if score is None else float(score)  # a fit that had ended before logs nothing anew
+            LOGGER.info("stage %s: %s epoch has %s = %.4f", stage.name, stage.keeps, metric, value)
             if shared is not None and trainer.is_global_zero:
                 save_weights(shared[1], shared[0])
     stage.module.cpu()
