@@ -23,7 +23,7 @@ TEXTS = [
     "it was not a good film and the plot was very very dull",
 ]
 METHODS = {
-    "ltp": (AttentionMass, partial(LearnedThreshold, final_threshold=0.12)),
+    "ltp": (partial(AttentionMass, normalisation="length"), partial(LearnedThreshold, final_threshold=0.12)),
     "top-k": (AttentionMass, TopKSchedule),
     "adtp": (TokenSaliency, partial(StaticRatio, ratio=0.5, layer=0)),
     "adtp later": (TokenSaliency, partial(StaticRatio, ratio=0.5, layer=2)),
@@ -96,7 +96,7 @@ def test_importance_is_there_while_the_token_is_and_where_something_is_chosen(mo
 
 
 def test_learned_thresholds_are_recorded_per_layer(random_classifier, split):
-    model = random_classifier(AttentionMass, partial(LearnedThreshold, final_threshold=0.12), outputs=2)
+    model = random_classifier(*METHODS["ltp"], outputs=2)
     assert observe(model, split).thresholds == pytest.approx(model.pruning.retainer.thresholds.tolist())
     assert observe(random_classifier(outputs=2), split).thresholds == [None] * 4
 

@@ -1,6 +1,7 @@
 """The configuration: every file composes and is accepted, every mistake is found, every run has its own folder."""
 
 import ast
+import importlib
 import inspect
 import itertools
 import shutil
@@ -102,6 +103,15 @@ def test_every_job_of_every_sweep_is_accepted_and_has_its_own_folder(file):
     for cfg in configurations:
         check_config(cfg)
     assert len({run_directory(cfg, Path("root")) for cfg in configurations}) == len(jobs)
+
+
+@pytest.mark.parametrize("option", [one for one in options() if one.startswith(("scorer/", "retainer/", "loss/"))])
+def test_a_part_that_is_built_in_python_has_the_values_of_its_file(option):
+    node = OmegaConf.load(CONF / f"{option}.yaml")
+    module, _, name = node._target_.rpartition(".")
+    defaults = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    given = {key: value for key, value in node.items() if not str(key).startswith("_")}
+    assert given == {key: defaults[key].default for key in given}
 
 
 def test_the_smoke_trainer_is_still_a_trainer():

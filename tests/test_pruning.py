@@ -37,7 +37,7 @@ SCORER_VARIANTS = {
     "token_saliency_relu": partial(TokenSaliency, activation="relu"),
     "token_saliency_none": partial(TokenSaliency, activation="none", hidden_dim=8),
     "attention_mass": AttentionMass,
-    "attention_mass_constant": partial(AttentionMass, normalisation="constant", constant=64),
+    "attention_mass_length": partial(AttentionMass, normalisation="length"),
     "random": partial(RandomScores, seed=5),
 }
 RETAINER_VARIANTS = {
@@ -448,11 +448,10 @@ def a_layout(lengths: list[int]) -> tuple[Padded, Tensor]:
 def test_attention_mass_divides_by_the_length_or_by_a_constant_and_only_after_an_attention() -> None:
     layout, hidden = a_layout([5, 3])
     received = torch.rand(2, 5)
-    by_length = AttentionMass(6)(hidden, layout, received)
+    by_length = AttentionMass(6, normalisation="length")(hidden, layout, received)
     torch.testing.assert_close(by_length, received / torch.tensor([[5.0], [3.0]]))
-    torch.testing.assert_close(
-        AttentionMass(6, normalisation="constant", constant=128)(hidden, layout, received), received / 128
-    )
+    torch.testing.assert_close(AttentionMass(6)(hidden, layout, received), received / 128)
+    torch.testing.assert_close(AttentionMass(6, constant=64)(hidden, layout, received), received / 64)
     with pytest.raises(ValueError, match="attention_mass is asked before any attention was computed"):
         AttentionMass(6)(hidden, layout, None)
 

@@ -71,13 +71,15 @@ class TokenSaliency(TokenScorer):
 class AttentionMass(TokenScorer):
     """Attention received, s_i = 1/(H·norm) Σ_h Σ_j A_h[j, i] (LTP, eq. 7).
 
-    `normalisation: length` divides by the alive tokens (the paper), `constant` by a fixed number (the official code's
-    128, which alone makes a threshold such as 0.01 meaningful). The order of tokens is the same.
+    `normalisation: constant` divides by a fixed number (the official code's 128, which alone makes a threshold such as
+    0.01 meaningful), `length` by the alive tokens (the paper). The order of tokens is the same.
     """
 
     reads_attention = True
 
-    def __init__(self, dim: int, normalisation: Literal["length", "constant"] = "length", constant: int = 128) -> None:
+    def __init__(
+        self, dim: int, normalisation: Literal["length", "constant"] = "constant", constant: int = 128
+    ) -> None:
         super().__init__()
         if normalisation not in ("length", "constant"):
             raise ValueError(f"scorer.normalisation={normalisation}: length or constant")
