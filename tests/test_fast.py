@@ -1,6 +1,7 @@
 """Models prepared for inference: the answers and the traces of plain running, whatever is fast on this machine."""
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ PRUNINGS = {
     "nucleus": (TokenSaliency, Nucleus),
     "min_p": (TokenSaliency, MinP),
     "ltp": (AttentionMass, LearnedThreshold),
+    "ltp_by_length": (partial(AttentionMass, normalisation="length"), partial(LearnedThreshold, final_threshold=0.06)),
     "manual_threshold": (AttentionMass, ManualThreshold),
     "manual_topk": (AttentionMass, TopKSchedule),
     "sttabt": (ApproxAttention, Concrete),
@@ -44,11 +46,25 @@ PRUNINGS = {
 }
 
 
+def built(random_classifier, pruning, **settings):
+    """A random classifier; thresholds are moved a little, since large random offsets would keep all or nothing."""
+    model = random_classifier(*PRUNINGS[pruning], **settings)
+    if pruning.startswith("ltp"):
+        with torch.no_grad():
+            model.pruning.retainer.offset.copy_(torch.tensor([0.001, 0.001, -0.001, 0.0005]))
+    return model
+
+
+def dropping_layers(trace):
+    """How many layers pass on fewer tokens than they attend to."""
+    return sum(bool(layer.outputs.sum() < layer.keys.sum()) for layer in trace.layers)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 @pytest.mark.parametrize("pruning", PRUNINGS)
 @pytest.mark.parametrize("heads", [1, 2, 4])  # of 64 and 32 numbers, which the compiled attention knows, and of 16
 def test_every_method_answers_and_prunes_as_it_does_masked(family, pruning, heads, random_classifier, ragged_batch):
-    model = random_classifier(*PRUNINGS[pruning], family=family, heads=heads)
+    model = built(random_classifier, pruning, family=family, heads=heads)
     batch = ragged_batch(model, LENGTHS, extra=3)
     assert_gathered_equals_masked(model, batch)
     ready = model.for_inference()
@@ -57,13 +73,14 @@ def test_every_method_answers_and_prunes_as_it_does_masked(family, pruning, head
         expected, ours = model(batch), ready(batch, "gathered")
         torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
         assert_same_tokens(ours.trace, expected.trace)
+        assert not pruning.startswith(("ltp", "manual")) or dropping_layers(ours.trace) >= 3
         dense = model(batch, prune=False).logits
         torch.testing.assert_close(ready(batch, "gathered", prune=False).logits, dense, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
 def test_batches_of_every_size(size, random_classifier, ragged_batch):
-    model = random_classifier(AttentionMass, LearnedThreshold, heads=2)
+    model = built(random_classifier, "ltp", heads=2)
     batch = ragged_batch(model, (LENGTHS * 5)[:size], extra=2)
     with torch.no_grad():
         ours = model.for_inference()(batch, "gathered").logits
@@ -90,8 +107,9 @@ def test_real_weights_and_real_sentences(backbone, pruning, request):
     model = PrunedClassifier(loaded.encoder, head, chosen, separator=102).eval()
     batch = encode_texts(loaded.tokenizer, SENTENCES, 128).collate(range(len(SENTENCES)))
     with torch.no_grad():
-        expected = model(batch).logits
-        torch.testing.assert_close(model.for_inference()(batch, "gathered").logits, expected, atol=1e-5, rtol=0)
+        expected, ours = model(batch).logits, model.for_inference()(batch, "gathered")
+        torch.testing.assert_close(ours.logits, expected, atol=1e-5, rtol=0)
+        assert pruning != "ltp" or dropping_layers(ours.trace) >= 3
         coarse = model.for_inference("bf16")(batch, "gathered", prune=False).logits
         torch.testing.assert_close(coarse, model(batch, prune=False).logits, atol=0.05, rtol=0.05)
 
@@ -99,7 +117,7 @@ def test_real_weights_and_real_sentences(backbone, pruning, request):
 @pytest.mark.parametrize("product", [PlainProduct, PackedProduct])
 def test_without_any_compiled_part_the_answer_is_the_same(product, random_classifier, ragged_batch, monkeypatch):
     """As on a machine without a compiler, without oneDNN and with it."""
-    model = random_classifier(AttentionMass, LearnedThreshold, heads=2)
+    model = built(random_classifier, "ltp", heads=2)
     monkeypatch.setattr(fast, "attention_for", lambda head_dim, device: lambda longest: attend_in_loop)
     monkeypatch.setattr(fast, "compiled_selection", lambda: None)
     monkeypatch.setattr("tokprune_exp.kernels.linear.fastest_product", lambda dtype: product)
