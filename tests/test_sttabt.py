@@ -420,10 +420,20 @@ def test_plan_and_logits_equal_a_plain_loop_over_the_layers_of_transformers(
         assert (outputs[0].logits - model(batch, prune=False).logits).abs().max() > 0.01
 
 
+def mean_mask_by_hand(masks: Rows, layers: str) -> float:
+    """1/(TL) Σ_l Σ_t m_t^l of one text's m^1 … m^{L+1}: over l = 1 … L (eq. 6), or one layer later (code)."""
+    total, count = 0.0, len(masks) - 1
+    for layer in range(1, count + 1):
+        mask = masks[layer - 1 if layers == "paper" else layer]
+        for m in mask:
+            total += m / (len(mask) * count)
+    return total
+
+
 def total_of(logits: Tensor, masks: list[Rows]) -> Tensor:
     """A weighted sum of all logits, plus 0.7 times the mean mask of eq. 6."""
     weights = torch.arange(1, logits.numel() + 1, dtype=logits.dtype).view(logits.shape).sin()
-    means = [sum(sum(mask) / len(mask) for mask in one[1:]) / (len(one) - 1) for one in masks]
+    means = [mean_mask_by_hand(one, "paper") for one in masks]
     return (logits * weights).sum() + 0.7 * (sum(means) / len(means) if means else 0.0)
 
 
@@ -1146,22 +1156,38 @@ def random_sttabt(build: Build, loss: STTABTLoss, budget: float | None = None, *
     return STTABT(model, ["accuracy"], torch.optim.AdamW, loss, budget=budget, **settings).eval()
 
 
-def test_the_loss_of_the_soft_stage_is_eq_6(data: TaskData, random_classifier: Build) -> None:
-    method = random_sttabt(random_classifier, STTABTLoss(lam_theta=0.3, lam_mask=11.0))
+@pytest.mark.parametrize("layers", ["paper", "code"])
+def test_the_loss_of_the_soft_stage_is_eq_6(layers: Any, data: TaskData, random_classifier: Build) -> None:
+    method = random_sttabt(random_classifier, STTABTLoss(lam_theta=0.3, lam_mask=11.0, mask_layers=layers))
     method.learns_theta = True
     batch = data.train.collate([3, 11, 40, 117])
     terms, output = method.terms(batch), relaxed(method.model, batch)
     lengths, log_probabilities = batch.valid.sum(1).tolist(), output.logits.log_softmax(-1).tolist()
     cross_entropy = -sum(row[label] for row, label in zip(log_probabilities, batch.labels.tolist(), strict=True)) / 4
     theta = sum((one + 0.4) ** 2 for one in THETAS[-2:])
-    shares = [
-        sum(decision.soft[row, :n].tolist()) / n for decision in output.trace.decisions for row, n in enumerate(lengths)
+    plans = [
+        [one.soft[row, :n].tolist() for one in (output.trace.entry, *output.trace.decisions)]
+        for row, n in enumerate(lengths)
     ]
-    mean = sum(shares) / (4 * 2)
-    assert shares[-4:] == pytest.approx([1 / n for n in lengths])
+    assert all(plan[-1] == [1.0] + [0.0] * (n - 1) for plan, n in zip(plans, lengths, strict=True))
+    mean = sum(mean_mask_by_hand(plan, layers) for plan in plans) / 4
     mask = (mean - 1 / (1 + math.exp(0.4))) ** 2
     assert terms.total.item() == pytest.approx(cross_entropy + 0.3 * theta + 11.0 * mask, rel=1e-5)
-    assert mean_mask(output.trace).item() == pytest.approx(mean, rel=1e-5)
+    assert terms.parts["mask"].item() == pytest.approx(mask, rel=1e-4) and mask > 0.001
+    assert mean_mask(output.trace, layers).item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_every_theta_has_its_mask_in_eq_6_and_in_the_official_codes_mean_all_but_the_first(
+    random_classifier: Build, ragged_batch: Build
+) -> None:
+    model = planned(random_classifier, "exact_concrete", temperature=0.5)
+    gradients = {}
+    for layers in ("paper", "code"):
+        model.pruning.retainer.theta.grad = None
+        mean_mask(relaxed(model, ragged_batch(model, LENGTHS)).trace, layers).backward()
+        gradients[layers] = model.pruning.retainer.theta.grad.abs().tolist()
+    assert min(gradients["paper"]) > 1e-4
+    assert gradients["code"][0] == 0 and min(gradients["code"][1:]) > 1e-4
 
 
 def test_with_a_budget_the_squared_distance_from_it_takes_the_place_of_the_masks_term(
@@ -1269,6 +1295,7 @@ FIT = "scorer=approx_attention and exact_attention go with retainer=backtracking
         (["+method=sttabt", "loss=ltp"], "sttabt has a loss of its own: loss=sttabt"),
         (["+method=sttabt", "scorer.initialisation=no"], "scorer.initialisation=no: must be random or interpolated"),
         (["+method=sttabt", "method.approx_hidden=both"], "method.approx_hidden=both: must be paper or code"),
+        (["+method=sttabt", "loss.mask_layers=all"], "loss.mask_layers=all: must be paper or code"),
         (["+method=sttabt", "retainer=topk"], "sttabt prunes with retainer=backtracking or concrete"),
         (
             ["+method=adtp", "retainer=concrete"],

@@ -2,7 +2,7 @@
 
 AD-TP (slides): L = (1−α)·L_CE + α·L_logit + β·L_IG + γ·(L_ARP + L_TSP).
 LTP (eq. 13):   L = L_CE + λ·(1/L) Σ_l ‖M̃^l‖₁.
-STTABT (eq. 6): L = L_CE + λ_p Σ_l (θ^l − θ_init)² + λ_mask (mean m − p_init)².
+STTABT (eq. 6): L = L_CE + λ_p Σ_l (θ^l − θ_init)² + λ_mask (mean m − p_init)², the mean over m^1 … m^L.
 """
 
 from dataclasses import dataclass
@@ -82,6 +82,8 @@ class STTABTLoss:
     """λ_p, keeps θ near where it started."""
     lam_mask: float = 1e-3
     """λ_mask, keeps the mean mask near p_init."""
+    mask_layers: Literal["paper", "code"] = "paper"
+    """Which masks are averaged: m^1 … m^L, every layer's input (eq. 6), or the official code's m^2 … m^{L+1}."""
     budget_weight: float = 10.0
     """μ, weight of the squared distance from the budget; takes λ_mask's place when there is one."""
 
@@ -90,6 +92,8 @@ class STTABTLoss:
         for name in ("lam_theta", "lam_mask", "budget_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name}={getattr(self, name)} must not be negative")
+        if self.mask_layers not in ("paper", "code"):
+            raise ValueError(f"loss.mask_layers={self.mask_layers}: paper or code")
 
 
 def task_loss(
@@ -165,10 +169,16 @@ def token_penalty(trace: PruningTrace, penalty: str = "paper") -> Float[Tensor, 
     return tokens / (len(trace.layers) if penalty == "paper" else CODE_LENGTH)
 
 
-def mean_mask(trace: PruningTrace) -> Float[Tensor, ""]:
-    """Compute mean_B 1/L Σ_l Σ_t m_t^{l+1} / n of the soft masks of a plan (STTABT, eq. 6), over the real tokens."""
-    masks = torch.stack([one.soft.sum(1) / trace.lengths for one in trace.decisions if one.soft is not None])
-    return masks.mean()
+def mean_mask(trace: PruningTrace, layers: str = "paper") -> Float[Tensor, ""]:
+    """Compute mean_B 1/L Σ_{l=1…L} Σ_t m_t^l / n of the soft masks of a plan, over the real tokens (STTABT, eq. 6).
+
+    `code` is the official code's m^2 … m^{L+1}: without what enters the first layer, and with the last mask, which is
+    [CLS] alone whatever θ is.
+    """
+    assert trace.entry is not None
+    masks = [one.soft for one in (trace.entry, *trace.decisions) if one.soft is not None]
+    counted = masks[:-1] if layers == "paper" else masks[1:]
+    return torch.stack([mask.sum(1) / trace.lengths for mask in counted]).mean()
 
 
 def mass_by_ratio(

@@ -4,6 +4,7 @@
     plan    from [CLS] in the last layer back to the first: who was attended to   retainers.Backtracking (Algorithm 1)
             or with a learned number of tokens per layer                          retainers.Concrete (eqs. 3 to 5)
     L       L_CE + λ_p Σ_l (θ^l − θ_init)² + λ_mask (mean_l mean_t m_t^l − p_init)²      eq. 6 (Concrete only)
+            the mean over the inputs m^1 … m^L of the layers (`loss.mask_layers: code`: over m^2 … m^{L+1})
 
 so that a layer computes keys for its own tokens, but queries, outputs and feed-forward only for those of the next one;
 the last layer only for [CLS]. Stages: approx_text (with +text), teacher (the dense model), approx (ApproxNet, shared by
@@ -172,7 +173,7 @@ class STTABT(HardPruning):
         total = parts["cross_entropy"] + self.loss.lam_theta * parts["theta"]
         if self.budget is None:
             wanted = torch.tensor(retainer.theta_init).sigmoid().item()
-            parts["mask"] = (losses.mean_mask(output.trace) - wanted).square()
+            parts["mask"] = (losses.mean_mask(output.trace, self.loss.mask_layers) - wanted).square()
             total = total + self.loss.lam_mask * parts["mask"]
         else:
             parts["budget"] = (parts["soft_share"] - self.budget).square()
