@@ -814,28 +814,36 @@ def test_the_divergence_is_zero_of_equal_attention_and_has_finite_gradients() ->
     assert small.grad[~(valid[:, None, :, None] & valid[:, None, None, :]).expand_as(small)].abs().max() == 0
 
 
-def test_answers_are_compared_as_probabilities_or_as_scores() -> None:
-    one, two = torch.tensor([[1.0, -1.0], [0.0, 2.0]]), torch.tensor([[0.5, 0.0], [1.0, 1.0]])
-    expected = 0.0
-    for a, b in zip(one.tolist(), two.tolist(), strict=True):
-        ours, theirs = ([math.exp(x) / sum(map(math.exp, z)) for x in z] for z in (a, b))
-        expected += sum((x - y) ** 2 for x, y in zip(ours, theirs, strict=True)) / 4
-    assert prediction_distance(one, two).item() == pytest.approx(expected)
-    assert prediction_distance(one[:, :1], two[:, :1]).item() == pytest.approx((0.25 + 1) / 2)
+def prediction_by_hand(small: list[float], large: list[float], prediction: str) -> float:
+    """L_pred of one text: −Σ softmax(z) log softmax(ẑ), or the mean squared distance of the probabilities (code)."""
+    ours, theirs = ([math.exp(x) / sum(map(math.exp, z)) for x in z] for z in (small, large))
+    if prediction == "paper":
+        return -sum(y * math.log(x) for x, y in zip(ours, theirs, strict=True))
+    return sum((x - y) ** 2 for x, y in zip(ours, theirs, strict=True)) / len(ours)
 
 
-def distilling(build: Build, hidden: Any = "paper", sizes: dict[str, int] | None = None) -> ApproxDistillation:
-    model = planned(build, "approx_backtracking", sizes=sizes)
+@pytest.mark.parametrize("prediction", ["paper", "code"])
+def test_answers_are_compared_as_probabilities_or_as_scores(prediction: str) -> None:
+    one = torch.tensor([[1.0, -1.0, 0.5], [0.0, 2.0, -1.5]])
+    two = torch.tensor([[0.5, 0.0, -2.0], [1.0, 1.0, 0.25]])
+    expected = sum(prediction_by_hand(a, b, prediction) for a, b in zip(one.tolist(), two.tolist(), strict=True)) / 2
+    assert prediction_distance(one, two, prediction).item() == pytest.approx(expected)
+    assert prediction_distance(one[:, :1], two[:, :1], prediction).item() == pytest.approx((0.25 + 1) / 2)
+
+
+def distilling(build: Build, **settings: Any) -> ApproxDistillation:
+    model = planned(build, "approx_backtracking")
     torch.manual_seed(5)
-    return ApproxDistillation(model, ["accuracy"], torch.optim.AdamW, 1, None, hidden).eval()
+    return ApproxDistillation(model, ["accuracy"], torch.optim.AdamW, 1, None, **settings).eval()
 
 
+@pytest.mark.parametrize("prediction", ["paper", "code"])
 @pytest.mark.parametrize("hidden", ["paper", "code"])
 def test_every_loss_of_the_distillation_equals_a_plain_loop(
-    hidden: str, random_transformer: Build, random_classifier: Build, ragged_batch: Build
+    hidden: str, prediction: str, random_transformer: Build, random_classifier: Build, ragged_batch: Build
 ) -> None:
     """The teacher's inner life is that of transformers; both run one text at a time, without padding."""
-    method = distilling(random_classifier, hidden)
+    method = distilling(random_classifier, hidden=hidden, prediction=prediction)
     theirs = copy.deepcopy(random_transformer())
     theirs.set_attn_implementation("eager")
     model, net = method.model, method.approx.net
@@ -870,11 +878,8 @@ def test_every_loss_of_the_distillation_equals_a_plain_loop(
                 expected["hidden"] += float(gap.square().sum()) / (64 * tokens * LAYERS)
             gap = method.projections[0](start) - large.hidden_states[0]
             expected["embedding"] += float(gap.square().sum()) / (64 * tokens)
-            answers = (
-                method.small_head(small.first).softmax(-1),
-                model.head(large.hidden_states[-1][:, 0]).softmax(-1),
-            )
-            expected["prediction"] += float((answers[0] - answers[1]).square().mean()) / len(SHORT)
+            answers = (method.small_head(small.first), model.head(large.hidden_states[-1][:, 0]))
+            expected["prediction"] += prediction_by_hand(*(one[0].tolist() for one in answers), prediction) / len(SHORT)
     assert {name: value.item() for name, value in terms.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert terms.total.item() == pytest.approx(sum(expected.values()), rel=1e-4)
 
@@ -1067,11 +1072,12 @@ def test_one_approx_net_serves_every_k_but_no_other_factor_and_no_other_teacher(
     assert trained == ["approx"] and second.retainer.knob == 0.7
     assert all_equal(weights_of(second.scorer), weights_of(first.scorer))
     run_stages(build(factor=8), data, tmp_path / "factor")
-    assert trained == ["approx"] * 2
+    run_stages(build(approx_prediction="code"), data, tmp_path / "prediction")
+    assert trained == ["approx"] * 3
     with torch.no_grad():
         dense.head.classifier.bias += 0.1
     run_stages(build(), data, tmp_path / "teacher")
-    assert trained == ["approx"] * 3 and len(list(data.cache.glob("approxnets/*.safetensors"))) == 3
+    assert trained == ["approx"] * 4 and len(list(data.cache.glob("approxnets/*.safetensors"))) == 4
 
 
 def test_a_shorter_distillation_is_not_taken_for_the_whole_one(
@@ -1295,6 +1301,7 @@ FIT = "scorer=approx_attention and exact_attention go with retainer=backtracking
         (["+method=sttabt", "loss=ltp"], "sttabt has a loss of its own: loss=sttabt"),
         (["+method=sttabt", "scorer.initialisation=no"], "scorer.initialisation=no: must be random or interpolated"),
         (["+method=sttabt", "method.approx_hidden=both"], "method.approx_hidden=both: must be paper or code"),
+        (["+method=sttabt", "method.approx_prediction=mse"], "method.approx_prediction=mse: must be paper or code"),
         (["+method=sttabt", "loss.mask_layers=all"], "loss.mask_layers=all: must be paper or code"),
         (["+method=sttabt", "retainer=topk"], "sttabt prunes with retainer=backtracking or concrete"),
         (

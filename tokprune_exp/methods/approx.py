@@ -3,12 +3,13 @@
     L_att   1/(L·H·n) Σ_l Σ_h Σ_j KL(A_prob^l[h, j] ‖ Â_prob^l[h, j])    eq. 2, rows and keys of real tokens
     L_hid   1/L Σ_l mean (W_l ĥ^l − h^l)²                            outputs of layers 1 … L
     L_emb   mean (W_e ê − e)²
-    L_pred  mean (softmax ẑ − softmax z)²
+    L_pred  −mean_B Σ_c softmax(z)_c log softmax(ẑ)_c                 TinyBERT's, at temperature 1
     L       their sum
 
 On texts without labels (`+text=wikitext2`) the teacher is the pretrained encoder, and L_pred is left out. The
-projections W and a head of its own are used in training only. `hidden: code` compares h^0 … h^{L−1} instead, as the
-official code does (off by one). The epoch with the smallest KL on the selection slice counts.
+projections W and a head of its own are used in training only. As the official code does, `hidden: code` compares
+h^0 … h^{L−1} instead (off by one), and `prediction: code` takes mean (softmax ẑ − softmax z)² for L_pred; of scores
+(regression) both are mean (ẑ − z)². The epoch with the smallest KL on the selection slice counts.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,16 +29,20 @@ from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.tokenise import sha256_of
 from tokprune_exp.head import Head
+from tokprune_exp.losses import logit_distillation
 from tokprune_exp.methods.module import PruningModule, Stage, Terms
 from tokprune_exp.model import PrunedClassifier, without_dropout
 from tokprune_exp.pruning.scorers import ApproxAttention
 
-VERSION = 1
+VERSION = 2
 """Raised when a cached ApproxNet would no longer be the one that is trained now."""
 
 
 class ApproxDistillation(PruningModule):
-    """Trains the ApproxNet of a model's scorer; everything else of the model is the frozen teacher."""
+    """Trains the ApproxNet of a model's scorer; everything else of the model is the frozen teacher.
+
+    `prediction` says how answers are compared; None: they are not, since the texts have none (L_pred is left out).
+    """
 
     def __init__(
         self,
@@ -47,10 +52,10 @@ class ApproxDistillation(PruningModule):
         epochs: int,
         patience: int | None,
         hidden: Literal["paper", "code"] = "paper",
-        predicts: bool = True,
+        prediction: Literal["paper", "code"] | None = "paper",
     ) -> None:
         super().__init__(model, metrics, optimizer, epochs)
-        self.patience, self.hidden, self.predicts = patience, hidden, predicts
+        self.patience, self.hidden, self.prediction = patience, hidden, prediction
         large, small = model.encoder.shape, self.approx.net.shape
         self.projections = nn.ModuleList(nn.Linear(small.dim, large.dim) for _ in range(large.layers + 1))
         self.small_head = Head(small.dim, model.head.classifier.out_features)
@@ -91,7 +96,7 @@ class ApproxDistillation(PruningModule):
             data.train.fingerprint,
             data.selection.fingerprint,
             self.approx.settings(),
-            {"patience": self.patience, "hidden": self.hidden, "predicts": self.predicts},
+            {"patience": self.patience, "hidden": self.hidden, "prediction": self.prediction},
             [trainer.max_epochs, trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.precision],
             [str(trainer.limit_train_batches), trainer.world_size],
             {
@@ -124,8 +129,9 @@ class ApproxDistillation(PruningModule):
             "hidden": torch.stack(distances).mean(),
             "embedding": masked_mean_square(self.projections[0](small_embeddings) - embeddings, valid),
         }
-        if self.predicts:
-            parts["prediction"] = prediction_distance(self.small_head(small.first).float(), answer.float())
+        if self.prediction is not None:
+            guess = self.small_head(small.first).float()
+            parts["prediction"] = prediction_distance(guess, answer.float(), self.prediction)
         return Terms(torch.stack(list(parts.values())).sum(), parts)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -190,9 +196,13 @@ def masked_mean_square(
 
 
 def prediction_distance(
-    small: Float[Tensor, "batch outputs"], large: Float[Tensor, "batch outputs"]
+    small: Float[Tensor, "batch outputs"], large: Float[Tensor, "batch outputs"], prediction: str = "paper"
 ) -> Float[Tensor, ""]:
-    """Compute the mean squared distance of the answers: of probabilities, or of scores in regression."""
-    if small.shape[1] == 1:
-        return F.mse_loss(small, large)
+    """Compute L_pred: the soft cross-entropy −mean_B Σ_c softmax(z)_c log softmax(ẑ)_c of TinyBERT, which STTABT names.
+
+    `code` is the official code's mean squared distance of the probabilities. A single output is a score: its squared
+    distance, in both.
+    """
+    if prediction == "paper" or small.shape[1] == 1:
+        return logit_distillation(small, large, temperature=1.0)
     return F.mse_loss(small.softmax(-1), large.softmax(-1))

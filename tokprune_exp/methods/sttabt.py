@@ -57,6 +57,7 @@ class STTABT(HardPruning):
         approx_patience: int | None = 3,
         approx_lr: float = 1e-3,
         approx_hidden: Literal["paper", "code"] = "paper",
+        approx_prediction: Literal["paper", "code"] = "paper",
         trains_approx: bool = False,
         soft_epochs: int = 2,
         epochs: int = 1,
@@ -93,11 +94,11 @@ class STTABT(HardPruning):
         self.text_stage: list[Stage] = []
         if isinstance(self.scorer, ApproxAttention):
             distil = partial(ApproxDistillation, model, metrics, partial(optimizer, lr=approx_lr), hidden=approx_hidden)
-            self.distillation = (distil(approx_epochs, approx_patience),)
+            self.distillation = (distil(approx_epochs, approx_patience, prediction=approx_prediction),)
             if text is not None:
                 self.text_stage = [
                     replace(
-                        distil(approx_text_epochs, None, predicts=False).stages()[0],
+                        distil(approx_text_epochs, None, prediction=None).stages()[0],
                         name="approx_text",
                         data=text,
                         before=self.initialise_approx,
