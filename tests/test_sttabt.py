@@ -1080,6 +1080,25 @@ def test_one_approx_net_serves_every_k_but_no_other_factor_and_no_other_teacher(
     assert trained == ["approx"] * 4 and len(list(data.cache.glob("approxnets/*.safetensors"))) == 4
 
 
+def test_an_approx_net_is_known_by_all_that_shapes_its_training(data: TaskData, random_classifier: Build) -> None:
+    def kept_at(outputs: int = 2, dropout: float = 0.1, **settings: Any) -> Path:
+        model = planned(random_classifier, "approx_backtracking", sizes={"outputs": outputs, **TINY})
+        net = model.pruning.scorer.net
+        net.shape = replace(net.shape, dropout=dropout)
+        method = ApproxDistillation(model, ["accuracy"], torch.optim.AdamW, 1, None, **settings)
+        return method.shared_weights(data, trainer(max_epochs=1, logger=False, enable_checkpointing=False)())[0]
+
+    paths = {kept_at(), kept_at(outputs=3), kept_at(prediction=None), kept_at(warmup_fraction=0.5)}
+    assert len({*paths, kept_at(dropout=0.0)}) == 5 and kept_at() in paths
+    assert kept_at(outputs=3, prediction=None) == kept_at(prediction=None)  # without answers the head plays no part
+
+
+def test_the_distillation_warms_up_as_the_other_stages_do(random_classifier: Build) -> None:
+    model = planned(random_classifier, "approx_concrete", sizes=TINY)
+    method = STTABT(model, ["accuracy"], torch.optim.AdamW, STTABTLoss(), warmup_fraction=0.3)
+    assert [stage.module.warmup_fraction for stage in method.stages()] == [0.3] * 3
+
+
 def test_a_shorter_distillation_is_not_taken_for_the_whole_one(
     trained: list[str], data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ h^0 … h^{L−1} instead (off by one), and `prediction: code` takes mean (softm
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -53,8 +54,9 @@ class ApproxDistillation(PruningModule):
         patience: int | None,
         hidden: Literal["paper", "code"] = "paper",
         prediction: Literal["paper", "code"] | None = "paper",
+        warmup_fraction: float = 0.1,
     ) -> None:
-        super().__init__(model, metrics, optimizer, epochs)
+        super().__init__(model, metrics, optimizer, epochs, warmup_fraction)
         self.patience, self.hidden, self.prediction = patience, hidden, prediction
         large, small = model.encoder.shape, self.approx.net.shape
         self.projections = nn.ModuleList(nn.Linear(small.dim, large.dim) for _ in range(large.layers + 1))
@@ -87,12 +89,16 @@ class ApproxDistillation(PruningModule):
         )
 
     def shared_weights(self, data: TaskData, trainer: Trainer) -> tuple[Path, nn.Module]:
-        """Say where this ApproxNet lies once it is trained: named by all that determines it, whatever k is."""
-        teacher = nn.ModuleList([self.model.encoder, self.model.head])
+        """Say where this ApproxNet lies once it is trained: named by all that determines it, whatever k is.
+
+        Where no answers are compared the head plays no part: one ApproxNet, distilled on text, serves every task.
+        """
+        teacher = [self.model.encoder] if self.prediction is None else [self.model.encoder, self.model.head]
         key = sha256_of(
             VERSION,
-            weights_digest(teacher),
+            weights_digest(nn.ModuleList(teacher)),
             weights_digest(self.approx.net),  # where it starts
+            asdict(self.approx.net.shape),  # its dropout too, which is in no weight
             data.train.fingerprint,
             data.selection.fingerprint,
             self.approx.settings(),
@@ -103,6 +109,7 @@ class ApproxDistillation(PruningModule):
                 "seed": data.settings.seed,
                 "batch_size": data.settings.batch_size,
                 "optimizer": str(self.build_optimizer),
+                "warmup_fraction": self.warmup_fraction,
             },
         )
         return data.cache / "approxnets" / f"{key}.safetensors", self.approx.net

@@ -93,7 +93,14 @@ class STTABT(HardPruning):
         self.distillation: tuple[ApproxDistillation, ...] = ()
         self.text_stage: list[Stage] = []
         if isinstance(self.scorer, ApproxAttention):
-            distil = partial(ApproxDistillation, model, metrics, partial(optimizer, lr=approx_lr), hidden=approx_hidden)
+            distil = partial(
+                ApproxDistillation,
+                model,
+                metrics,
+                partial(optimizer, lr=approx_lr),
+                hidden=approx_hidden,
+                warmup_fraction=warmup_fraction,
+            )
             self.distillation = (distil(approx_epochs, approx_patience, prediction=approx_prediction),)
             if text is not None:
                 self.text_stage = [
