@@ -10,9 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from conftest import enlarged
+from conftest import TINY_WORDS, enlarged
 from gathered import (
     SENTENCES,
     assert_gathered_equals_masked,
@@ -40,6 +41,7 @@ from tokprune_exp.measure.evaluation import check_flops
 from tokprune_exp.methods.approx import ApproxDistillation, attention_kl, attention_mse, prediction_distance
 from tokprune_exp.methods.budget import cost_share, soft_cost_share
 from tokprune_exp.methods.finetune import Finetune
+from tokprune_exp.methods.module import Terms
 from tokprune_exp.methods.sttabt import STTABT
 from tokprune_exp.model import ClassifierOutput, ModelCard, PrunedClassifier, load_model, save_model
 from tokprune_exp.pruning.pruning import Pruning
@@ -740,9 +742,11 @@ def test_weights_are_interpolated_along_both_axes(family: str, random_classifier
 
 
 def test_random_initialisation_is_that_of_bert(random_classifier: Build) -> None:
+    """Whatever the network was before."""
     model = random_classifier(partial(ApproxAttention, initialisation="random"), Backtracking)
+    net = enlarged(model.pruning.scorer.net)
     model.pruning.scorer.initialise(model.encoder)
-    net = model.pruning.scorer.net
+    assert all((layer.output_norm.weight == 1).all() and (layer.output_norm.bias == 0).all() for layer in net.layers)
     assert net.embeddings.word.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert all(layer.query.bias.abs().max() == 0 for layer in net.layers)
 
@@ -923,13 +927,14 @@ def tiny_sttabt(
     pair: str = "approx_concrete",
     loss: STTABTLoss | None = None,
     factor: int = 4,
+    initialisation: str = "interpolated",
     retainer: dict[str, Any] | None = None,
     teacher: PrunedClassifier | None = None,
     **settings: Any,
 ) -> STTABT:
     """STTABT on a random encoder; its dense teacher is trained first, unless one is given."""
     scorer, retain = PAIRS[pair]
-    scorer = partial(scorer, factor=factor) if scorer is ApproxAttention else scorer
+    scorer = partial(scorer, factor=factor, initialisation=initialisation) if scorer is ApproxAttention else scorer
     model = tiny_model(tokenizer, Pruning(scorer(32), retain(32, 3, **(retainer or {}))))
     optimizer = partial(torch.optim.AdamW, lr=2e-3)
     dense = Finetune(teacher or tiny_model(tokenizer, None), ["accuracy"], optimizer, 1)
@@ -969,7 +974,7 @@ def trainer(**settings: Any) -> Build:
 def run_stages(method: STTABT, data: TaskData, directory: Path, until: str | None = None) -> None:
     """Run the stages as a run does, to the end or until one of them is done."""
     for stage in method.stages():
-        run_stage(stage, data, trainer(), [], directory)
+        run_stage(stage, stage.data or data, trainer(), [], directory)
         if stage.name == until:
             break
 
@@ -1029,13 +1034,130 @@ def test_each_stage_has_its_own_curves_and_rates(
     assert rates == {"teacher": {2e-3}, "approx": {3e-3}, "soft": {2e-3, 7e-3}, "hard": {2e-3}}
 
 
+def errors_on(data: TaskData, model: PrunedClassifier) -> Any:
+    """KL and mean squared error of the ApproxNet on the selection slice, as findings have them."""
+    model.eval()
+    batches = list(data.val_dataloader())
+    kl, mse = (sum(error_of(model, one)[k] * len(one.labels) for one in batches) for k in (0, 1))
+    return pytest.approx({"kl": kl / len(data.selection), "mse": mse / len(data.selection)}, rel=1e-4)
+
+
+def with_net(method: STTABT, start: PrunedClassifier, initialisation: str) -> PrunedClassifier:
+    """The dense model of a method with an ApproxNet that has just been initialised from another model."""
+    model = copy.deepcopy(method.model)
+    scorer = ApproxAttention(32, initialisation=initialisation)
+    scorer.attach(start.encoder)
+    scorer.initialise(start.encoder)
+    model.pruning.scorer = scorer
+    model.start_from(method.dense)
+    return model
+
+
 def test_the_error_of_the_approx_net_is_found_before_and_after_its_distillation_which_lowers_it(
     data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     method = tiny_sttabt(tiny_tokenizer, "approx_backtracking", epochs=0, approx_epochs=3)
     run_stages(method, data, tmp_path)
     found = method.findings["approximation"]
-    assert found["distilled"]["kl"] < 0.9 * found["untrained"]["kl"]
+    assert set(found) == {"untrained", "random", "distilled"}
+    assert found["distilled"] == errors_on(data, method.model)
+    assert found["untrained"] == errors_on(data, with_net(method, method.dense, "interpolated"))
+    assert found["distilled"]["kl"] < 0.9 * min(found["untrained"]["kl"], found["random"]["kl"])
+
+
+@pytest.mark.parametrize("initialisation", ["interpolated", "random"])
+def test_an_approx_net_is_held_against_a_random_one_without_a_change_of_what_is_trained(
+    initialisation: Any, data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    method = tiny_sttabt(tiny_tokenizer, "approx_backtracking", initialisation=initialisation)
+    run_stages(method, data, tmp_path, until="teacher")
+    at_random = with_net(method, method.dense, "random")
+    torch.manual_seed(7)
+    at_random.pruning.scorer.initialise(method.dense.encoder)
+    after_a_draw = torch.get_rng_state()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    method.start_approx(data, torch.device("cpu"))
+    found = method.distillation[0].findings["approximation"]
+    if initialisation == "random":
+        assert set(found) == {"untrained"} and found["untrained"] == errors_on(data, at_random)
+        assert torch.equal(torch.get_rng_state(), after_a_draw)
+    else:
+        assert set(found) == {"untrained", "random"} and found["random"] == errors_on(data, at_random)
+        assert torch.equal(torch.get_rng_state(), before)
+        net = with_net(method, method.dense, "interpolated").pruning.scorer.net
+        assert all_equal(weights_of(method.scorer.net), weights_of(net))
+
+
+@pytest.fixture
+def text(tmp_path: Path, data_settings: Build) -> TaskData:
+    """Lines without labels, some of them empty, as +text=wikitext2 has them."""
+    (tmp_path / "texts" / "lines").mkdir(parents=True)
+    for split, rows in (("train", 90), ("validation", 20)):
+        lines = [" ".join(TINY_WORDS[(row * k) % 16] for k in range(row % 9)) for row in range(rows)]
+        pd.DataFrame({"text": lines}).to_parquet(tmp_path / "texts" / "lines" / f"{split}.parquet")
+    task = Task(name="lines", text=["text"], label=None, metrics=[], directory="lines")
+    return TaskData(task, data_settings(root=str(tmp_path / "texts"), batch_size=16))
+
+
+def test_texts_teach_the_approx_net_first_by_the_pretrained_encoder_and_without_its_answers(
+    text: TaskData,
+    trained: list[str],
+    data: TaskData,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teachers: dict[str, list[Tensor]] = {}
+    starts: dict[str, list[Tensor]] = {}
+    terms = ApproxDistillation.terms
+
+    def recorded(self: ApproxDistillation, batch: Batch) -> Terms:
+        teachers.setdefault(self.prefix, weights_of(self.model.encoder))
+        starts.setdefault(self.prefix, weights_of(self.approx.net))
+        return terms(self, batch)
+
+    monkeypatch.setattr(ApproxDistillation, "terms", recorded)
+    method = tiny_sttabt(tiny_tokenizer, text=text, approx_text_epochs=3)
+    pretrained = copy.deepcopy(method.model)
+    assert [stage.name for stage in method.stages()] == ["approx_text", "teacher", "approx", "soft", "hard"]
+    assert [stage.data for stage in method.stages()] == [text, None, None, None, None]
+    first, *_ = method.stages()
+    assert (first.epochs, first.chooses_by, first.patience) == (3, "attention_kl", None)
+    run_stages(method, data, tmp_path, until="approx_text")
+    curves = set(first.module.trainer.callback_metrics)
+    assert {"approx_text/attention", "approx_text/hidden", "approx_text/embedding"} <= curves
+    assert "approx_text/prediction" not in curves
+    taught = copy.deepcopy(method.model)
+    run_stages(method, data, tmp_path)
+    assert trained == ["approx_text", "teacher", "approx", "soft", "hard"]
+
+    assert all_equal(teachers["approx_text"], weights_of(pretrained.encoder))
+    assert all_equal(teachers["approx"], weights_of(method.dense.encoder))
+    assert not all_equal(teachers["approx"], teachers["approx_text"])
+    interpolated = with_net(method, pretrained, "interpolated")
+    assert all_equal(starts["approx_text"], weights_of(interpolated.pruning.scorer.net))
+    assert all_equal(starts["approx"], weights_of(taught.pruning.scorer.net))
+    assert not all_equal(starts["approx"], starts["approx_text"])
+
+    found = method.findings["approximation"]
+    assert set(found) == {"untrained", "random", "after_text", "distilled"}
+    assert found["untrained"] == errors_on(data, interpolated)
+    taught.start_from(method.dense)
+    assert found["after_text"] == errors_on(data, taught)
+    assert found["distilled"]["kl"] < found["after_text"]["kl"] < found["untrained"]["kl"]
+
+
+def test_a_run_that_goes_on_after_the_texts_finds_the_same_errors(
+    text: TaskData, trained: list[str], data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    first, second = (tiny_sttabt(tiny_tokenizer, text=text) for _ in range(2))
+    run_stages(first, data, tmp_path, until="approx")
+    (tmp_path / "checkpoints" / "approx" / "weights.safetensors").unlink()
+    run_stages(second, data, tmp_path, until="approx")
+    assert trained == ["approx_text", "teacher", "approx"]  # and that one comes from the cache
+    ours, theirs = (one.distillation[0].findings["approximation"] for one in (second, first))
+    assert all(ours[name] == pytest.approx(theirs[name]) for name in ("untrained", "after_text"))
 
 
 def test_distillation_brings_the_attention_nearer_and_does_not_touch_the_teacher(

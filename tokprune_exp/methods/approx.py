@@ -29,6 +29,7 @@ from tokprune_exp.data.attributions import weights_digest
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.tokenise import sha256_of
+from tokprune_exp.encoder.encoder import PrunedEncoder
 from tokprune_exp.head import Head
 from tokprune_exp.losses import logit_distillation
 from tokprune_exp.methods.module import PruningModule, Stage, Terms
@@ -158,12 +159,17 @@ class ApproxDistillation(PruningModule):
         self.log(f"{self.prefix}/selection_attention_mse", mse)
 
     @torch.no_grad()
-    def approximation_error(self, data: TaskData, device: torch.device | str) -> dict[str, float]:
-        """Measure the error on the selection slice (STTABT, Table A.1)."""
+    def approximation_error(
+        self, data: TaskData, device: torch.device | str, net: PrunedEncoder | None = None
+    ) -> dict[str, float]:
+        """Measure the error on the selection slice (STTABT, Table A.1), of the ApproxNet or of another of its sizes."""
+        own = self.approx.net
+        self.approx.net = own if net is None else net
         self.to(device)
         with without_dropout(self):
             for index, batch in enumerate(data.val_dataloader()):
                 self.validation_step(batch.to(device), index)
+        self.approx.net = own
         kl, mse = (float(torch.cat(parts).mean()) for parts in zip(*self.errors, strict=True))
         self.errors.clear()
         return {"kl": kl, "mse": mse}

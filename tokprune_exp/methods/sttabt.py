@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from tokprune_exp import losses
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
+from tokprune_exp.encoder.encoder import PrunedEncoder
 from tokprune_exp.losses import STTABTLoss
 from tokprune_exp.methods.approx import ApproxDistillation
 from tokprune_exp.methods.budget import soft_cost_share
@@ -121,12 +122,26 @@ class STTABT(HardPruning):
         return [*self.text_stage, *self.teacher_stages(), *own]
 
     def start_approx(self, data: TaskData, device: torch.device) -> None:
-        """Start from the dense model, and the ApproxNet unless text has taught it before; measure how far off it is."""
-        self.start_from_teacher()
+        """Start from the dense model, and the ApproxNet unless text has taught it before; measure how far off it is.
+
+        `untrained` is the network before any training, `after_text` what the texts have made of it, `random` one of its
+        sizes with random weights: all held against the dense model of the task, on the task's texts.
+        """
         (distillation,) = self.distillation
+        approx, encoder = distillation.approx, self.model.encoder
+        nets: dict[str, PrunedEncoder] = {}
+        with torch.random.fork_rng(devices=[]):  # what is only measured changes nothing of what is trained
+            if self.text_stage:  # until here the encoder is the pretrained one, from which that stage had started
+                nets["untrained"] = approx.another(encoder)
+            if approx.initialisation != "random":
+                nets["random"] = approx.another(encoder, "random")
+        self.start_from_teacher()
         if not self.text_stage:
             self.initialise_approx(data, device)
-        distillation.findings["approximation"] = {"untrained": distillation.approximation_error(data, device)}
+        nets["after_text" if self.text_stage else "untrained"] = approx.net
+        distillation.findings["approximation"] = {
+            name: distillation.approximation_error(data, device, net) for name, net in nets.items()
+        }
 
     def initialise_approx(self, data: TaskData, device: torch.device) -> None:
         """Set the ApproxNet where its initialisation says."""

@@ -35,7 +35,8 @@ class RunRecord:
         commonest_answer share of the texts that got the label which was answered most often
         flops {FlopsReport.summary}   latency [compare_latency rows]   saliency {spearman, mse}   data {…}
         findings {what a stage found out; ltp: binarisation {soft, hard} of {<metric>, cost_share}
-                  sttabt: approximation {untrained, distilled} of {kl, mse}}
+                  sttabt: approximation {untrained, random, after_text, distilled} of {kl, mse},
+                  random where the start is not, after_text with +text}
         versions {python, <package>}   hardware {cpu, threads, gpu}
 
     A run that is resumed in its directory under the same configuration keeps `started` and adds to the earlier

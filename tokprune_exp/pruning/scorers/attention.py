@@ -4,6 +4,8 @@ Both return A_score of eq. 1, before the softmax, on the grid; -inf at keys that
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -113,17 +115,15 @@ class ApproxAttention(AttentionSource):
         """Switch dropout on only where the network itself is trained: a frozen one plans as it will when deployed."""
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
-    @torch.no_grad()
     def initialise(self, encoder: PrunedEncoder) -> None:
         """Set the weights where the distillation starts."""
-        if self.initialisation == "interpolated":
-            interpolate_weights(encoder, self.net)
-            return
-        for module in self.net.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        START[self.initialisation](encoder, self.net)
+
+    def another(self, encoder: PrunedEncoder, initialisation: str | None = None) -> PrunedEncoder:
+        """Return another network of these sizes with the weights of a start: this one's, or the one that is named."""
+        net = deepcopy(self.net)
+        START[initialisation or self.initialisation](encoder, net)
+        return net
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim`."""
@@ -144,3 +144,22 @@ def interpolate_weights(large: PrunedEncoder, small: PrunedEncoder) -> None:
         size = tuple(parameter.shape) if source.dim() == 2 else (1, *parameter.shape)
         resized = nn.functional.interpolate(grid, size=size, mode="bilinear", align_corners=False, antialias=True)
         parameter.copy_(resized.view(parameter.shape))
+
+
+@torch.no_grad()
+def randomise_weights(large: PrunedEncoder, small: PrunedEncoder) -> None:
+    """Draw every weight as BERT does: N(0, 0.02²), biases 0, normalisations the identity."""
+    for module in small.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+
+START: dict[str, Callable[[PrunedEncoder, PrunedEncoder], None]] = {
+    "random": randomise_weights,
+    "interpolated": interpolate_weights,
+}
+"""Sets the weights of a small encoder, the large one being given."""
