@@ -175,16 +175,31 @@ def test_a_teacher_trained_before_is_named_instead_of_trained_again(tiny_overrid
 
 
 # a learning rate of 0: no epoch is better than the first, and yet each must be kept
-STANDSTILL = {
-    "adtp": ["method.epochs=8"],
-    "ltp": ["method.soft_epochs=8", "method.epochs=8"],
-    "sttabt": ["method.approx_epochs=8", "method.approx_patience=null", "method.approx_lr=0", "epochs=8"],
+STANDSTILL = {"adtp": [], "ltp": [], "sttabt": ["method.approx_patience=null", "method.approx_lr=0"]}
+EPOCHS = {
+    "adtp": {"teacher": "teacher.epochs", "student": "method.epochs"},
+    "ltp": {"teacher": "teacher.epochs", "soft": "method.soft_epochs", "hard": "method.epochs"},
+    "sttabt": {
+        "teacher": "teacher.epochs",
+        "approx": "method.approx_epochs",
+        "soft": "method.soft_epochs",
+        "hard": "method.epochs",
+    },
 }
+"""What sets the epochs of each stage."""
 
 
 @pytest.mark.parametrize(
     ("method", "killed_stage"),
-    [("adtp", "teacher"), ("adtp", "student"), ("ltp", "soft"), ("ltp", "hard"), ("sttabt", "approx")],
+    [
+        ("adtp", "teacher"),
+        ("adtp", "student"),
+        ("ltp", "soft"),
+        ("ltp", "hard"),
+        ("sttabt", "approx"),
+        ("sttabt", "soft"),
+        ("sttabt", "hard"),
+    ],
 )
 def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(method, killed_stage, tiny_overrides, tmp_path):
     directory = tmp_path / "run"
@@ -197,7 +212,7 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(method, kil
         f"+method={method}",
         "logger=csv",
         f"run_dir={directory}",
-        "teacher.epochs=8",
+        *(f"{key}={8 if stage == killed_stage else 1}" for stage, key in EPOCHS[method].items()),
         *STANDSTILL[method],
         *tiny_overrides,
         "optimizer.lr=0",

@@ -1179,6 +1179,16 @@ def test_distillation_brings_the_attention_nearer_and_does_not_touch_the_teacher
     assert distilled["kl"] == pytest.approx(kl, rel=1e-4)
 
 
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 2), (2, 3), (None, 6)])
+def test_distillation_ends_when_the_attention_no_longer_gets_better(
+    patience: int | None, epochs: int, data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """At a learning rate of 0 no epoch is better than the first."""
+    method = tiny_sttabt(tiny_tokenizer, approx_lr=0.0, approx_patience=patience, approx_epochs=6)
+    run_stages(method, data, tmp_path, until="approx")
+    assert method.distillation[0].trainer.current_epoch == epochs
+
+
 def test_one_approx_net_serves_every_k_but_no_other_factor_and_no_other_teacher(
     trained: list[str], data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
