@@ -1422,6 +1422,25 @@ def test_a_setting_out_of_its_bounds_is_refused_by_its_key(build: Build, message
         build()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("soft_epochs", 0, 1),
+        ("approx_epochs", 0, 1),
+        ("approx_text_epochs", 0, 1),
+        ("approx_patience", -1, 0),
+        ("approx_lr", -1e-3, 0),
+    ],
+)
+def test_a_setting_of_the_method_out_of_its_bounds_is_refused_by_its_key(
+    name: str, value: Any, least: int, random_classifier: Build
+) -> None:
+    model = planned(random_classifier, "approx_concrete", sizes=TINY)
+    with pytest.raises(ValueError, match=rf"method\.{name}={value} must be at least {least}"):
+        STTABT(model, ["accuracy"], torch.optim.AdamW, STTABTLoss(), **{name: value})
+    STTABT(model, ["accuracy"], torch.optim.AdamW, STTABTLoss(), **{name: type(value)(least)})
+
+
 def test_a_method_that_does_not_plan_is_refused(random_classifier: Build) -> None:
     model = random_classifier(AttentionMass, StaticRatio, **TINY)
     with pytest.raises(ValueError, match="sttabt plans ahead: retainer=backtracking or concrete"):
@@ -1438,6 +1457,7 @@ def test_sttabt_takes_its_scorers_with_its_retainers(scorer: str, retainer: str)
     ] * (scorer == "exact_attention")
 
 
+NO_TEXT = "text is what an ApproxNet is distilled on: choose +method=sttabt scorer=approx_attention, or no text"
 FIT = "scorer=approx_attention and exact_attention go with retainer=backtracking and concrete, and with no other"
 
 
@@ -1454,6 +1474,26 @@ FIT = "scorer=approx_attention and exact_attention go with retainer=backtracking
         (["+method=sttabt", "method.approx_hidden=both"], "method.approx_hidden=both: must be paper or code"),
         (["+method=sttabt", "method.approx_prediction=mse"], "method.approx_prediction=mse: must be paper or code"),
         (["+method=sttabt", "loss.mask_layers=all"], "loss.mask_layers=all: must be paper or code"),
+        (
+            ["+method=sttabt", "retainer=backtracking", "retainer.k_base=all"],
+            "retainer.k_base=all: must be valid or padded",
+        ),
+        (
+            ["+method=sttabt", "retainer=backtracking", "method.trains_approx=true"],
+            "method.trains_approx=true needs masks that carry a gradient: choose retainer=concrete",
+        ),
+        (
+            ["+method=sttabt", "scorer=exact_attention", "method.trains_approx=true"],
+            "method.trains_approx=true trains an ApproxNet, and scorer=exact_attention has none: choose "
+            "approx_attention",
+        ),
+        (
+            ["+method=sttabt", "retainer=backtracking", "retainer.k_base=padded", "budget=0.5"],
+            "with retainer.k_base=padded the cost of a text depends on its batch, so no budget is exact: set it "
+            "to valid",
+        ),
+        (["+method=sttabt", "scorer=exact_attention", "+text=wikitext2"], NO_TEXT),
+        (["+method=ltp", "+text=wikitext2"], NO_TEXT),
         (["+method=sttabt", "retainer=topk"], "sttabt prunes with retainer=backtracking or concrete"),
         (
             ["+method=adtp", "retainer=concrete"],

@@ -619,6 +619,14 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
         lambda of: bool(of("method.trains_approx")) and of.kind("retainer") != "Concrete",
         "method.trains_approx=true needs masks that carry a gradient: choose retainer=concrete",
     ),
+    (
+        lambda of: bool(of("method.trains_approx")) and of.kind("scorer") == "ExactAttention",
+        "method.trains_approx=true trains an ApproxNet, and scorer=exact_attention has none: choose approx_attention",
+    ),
+    (
+        lambda of: of("retainer.k_base") == "padded" and of("budget") is not None,
+        "with retainer.k_base=padded the cost of a text depends on its batch, so no budget is exact: set it to valid",
+    ),
     *(
         (
             lambda of, method=method: of.kind("method") == method and of.kind("scorer") == "TokenSaliency",
