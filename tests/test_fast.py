@@ -42,7 +42,8 @@ PRUNINGS = {
     "manual_threshold": (AttentionMass, ManualThreshold),
     "manual_topk": (AttentionMass, TopKSchedule),
     "sttabt": (ApproxAttention, Concrete),
-    "backtracking": (ExactAttention, Backtracking),
+    "backtracking": (ApproxAttention, Backtracking),
+    "exact_backtracking": (ExactAttention, Backtracking),
 }
 
 

@@ -559,6 +559,9 @@ def test_padding_and_company_change_no_plan_and_no_logits(
     torch.testing.assert_close(wide.logits, narrow.logits, atol=near, rtol=0)
     torch.testing.assert_close(alone.logits[0], narrow.logits[5], atol=near, rtol=0)
     assert torch.equal(wide.trace.entry.keep, F.pad(narrow.trace.entry.keep, (0, 19)))
+    if mode == "soft":
+        torch.testing.assert_close(wide.trace.entry.soft, F.pad(narrow.trace.entry.soft, (0, 19)), atol=1e-3, rtol=0)
+        torch.testing.assert_close(alone.trace.entry.soft[0], narrow.trace.entry.soft[5, :11], atol=1e-3, rtol=0)
     for ours, theirs, lonely in zip(wide.trace.layers, narrow.trace.layers, alone.trace.layers, strict=True):
         assert torch.equal(ours.outputs, F.pad(theirs.outputs, (0, 19)))
         assert torch.equal(lonely.keys[0], theirs.keys[5, :11])
@@ -1287,11 +1290,17 @@ def test_with_exact_attention_the_hard_stage_goes_on_from_the_soft_one(
 def test_the_approx_net_trains_along_where_that_is_asked_for(
     data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    method = tiny_sttabt(tiny_tokenizer, trains_approx=True, approx_epochs=1)
+    rates = {"lr": 2e-3, "approx_lr": 3e-3, "pruner_lr": 7e-3}
+    method = tiny_sttabt(tiny_tokenizer, trains_approx=True, approx_epochs=1, approx_lr=3e-3, pruner_lr=7e-3)
     run_stages(method, data, tmp_path, until="approx")
     distilled = weights_of(method.scorer)
     run_stages(method, data, tmp_path, until="soft")
     assert not all_equal(weights_of(method.scorer), distilled)
+    taught = {
+        id(one): group["initial_lr"] for group in method.trainer.optimizers[0].param_groups for one in group["params"]
+    }
+    for part, name in ((method.scorer.net, "approx_lr"), (method.retainer, "pruner_lr"), (method.model.encoder, "lr")):
+        assert {taught[id(one)] for one in part.parameters()} == {rates[name]}
 
 
 @pytest.mark.parametrize(
