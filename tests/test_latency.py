@@ -42,11 +42,18 @@ def test_the_speed_up_is_the_median_ratio_within_a_round(monkeypatch: pytest.Mon
     monkeypatch.setattr(latency.time, "perf_counter", ticking(durations).__next__)
     batches = [one_batch(), one_batch()]
     (row,) = compare_latency(pruned=id, dense=id, batches_by_size={4: batches}, rounds=3, warmup=0)
-    assert row["speedup"] == 2.0
+    assert row["speedup"] == 2.0 and "plan_ms" not in row
     assert row["speedup_quartiles"] == [1.5, 2.5]
     assert (row["dense_ms"], row["pruned_ms"]) == (4000.0, 1500.0)
     assert (row["batch_size"], row["batches"], row["rounds"]) == (4, 2, 3)
     assert (row["threads"], row["torch"]) == (torch.get_num_threads(), torch.__version__)
+
+
+def test_the_time_of_the_plan_stands_beside_the_others_where_there_is_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    # one round of dense, pruned, plan: 4, 2 and 1 seconds for two batches
+    monkeypatch.setattr(latency.time, "perf_counter", ticking(iter([4.0, 2.0, 1.0])).__next__)
+    (row,) = compare_latency(id, id, {4: [one_batch(), one_batch()]}, rounds=1, warmup=0, plan=id)
+    assert (row["dense_ms"], row["pruned_ms"], row["plan_ms"], row["speedup"]) == (2000.0, 1000.0, 500.0, 2.0)
 
 
 def test_each_size_is_a_row_and_nothing_is_timed_with_gradients() -> None:

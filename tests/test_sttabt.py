@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -38,6 +39,7 @@ from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.head import Head
 from tokprune_exp.losses import STTABTLoss, mean_mask
 from tokprune_exp.measure.evaluation import check_flops
+from tokprune_exp.measure.report import latency, make_plan
 from tokprune_exp.methods.approx import ApproxDistillation, attention_kl, attention_mse, prediction_distance
 from tokprune_exp.methods.budget import cost_share, soft_cost_share
 from tokprune_exp.methods.finetune import Finetune
@@ -45,7 +47,7 @@ from tokprune_exp.methods.module import Terms
 from tokprune_exp.methods.sttabt import STTABT
 from tokprune_exp.model import ClassifierOutput, ModelCard, PrunedClassifier, load_model, save_model
 from tokprune_exp.pruning.pruning import Pruning
-from tokprune_exp.pruning.retainers import Backtracking, Concrete, StaticRatio
+from tokprune_exp.pruning.retainers import Backtracking, Concrete, Plan, StaticRatio, TopKSchedule
 from tokprune_exp.pruning.scorers import ApproxAttention, AttentionMass, ExactAttention
 from tokprune_exp.stages import run_stage
 from tokprune_exp.tracking import quieten_lightning
@@ -695,6 +697,31 @@ def test_a_loaded_model_gives_identical_logits_with_identical_settings(
     with torch.no_grad():
         for execution in ("masked", "gathered"):
             assert torch.equal(theirs(batch, execution).logits, ours(batch, execution).logits)
+
+
+FEW = SimpleNamespace(
+    latency_batch_sizes=[1, 4], latency_examples=8, latency_rounds=1, fvcore_examples=1, attribution_examples=1
+)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_what_is_timed_of_a_plan_is_the_plan_that_the_served_model_runs_by(
+    pair: str, data: TaskData, random_classifier: Build, ragged_batch: Build
+) -> None:
+    model = planned(random_classifier, pair, sizes={"outputs": 2, **TINY})
+    served, batch = model.for_inference(), ragged_batch(model, LENGTHS, extra=2)
+    with torch.inference_mode():
+        plan, trace = make_plan(served, batch), served(batch, "gathered").trace
+    assert isinstance(plan, Plan)
+    for planned_for, decided in zip(plan.decisions, (trace.entry, *trace.decisions), strict=True):
+        assert torch.equal(planned_for.keep, decided.keep)
+    rows = latency(model, data.evaluation, FEW, "cpu")
+    assert [row["batch_size"] for row in rows] == [1, 4] and all(row["plan_ms"] > 0 for row in rows)
+
+
+def test_without_a_plan_none_is_timed(data: TaskData, random_classifier: Build) -> None:
+    model = random_classifier(AttentionMass, TopKSchedule, outputs=2, **TINY)
+    assert all("plan_ms" not in row for row in latency(model, data.evaluation, FEW, "cpu"))
 
 
 # ApproxNet

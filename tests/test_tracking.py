@@ -100,7 +100,7 @@ RESULT: dict[str, Any] = {
         "retention_per_layer": [0.75, 0.25],
         "tokens_per_layer": [15.0, 5.0],
     },
-    "latency": [{"batch_size": 8, "speedup": 1.7, "speedup_quartiles": [1.6, 1.8], "device": "cpu"}],
+    "latency": [{"batch_size": 8, "speedup": 1.7, "speedup_quartiles": [1.6, 1.8], "plan_ms": 3.5, "device": "cpu"}],
     "wall_seconds": {"total": 3.0, "stages": {"soft": 2.0}},
 }
 
@@ -307,6 +307,7 @@ def test_the_result_stands_in_the_summary_and_in_tables(quiet_wandb: Path) -> No
     assert run.summary["metrics/pruned/accuracy"] == 0.9
     assert run.summary["flops/reduction_unpadded"] == 2.0
     assert run.summary["latency/batch_8/speedup"] == 1.7
+    assert run.summary["latency/batch_8/plan_ms"] == 3.5
     assert run.summary["status"] == "completed"
     assert run.table("layers") == [
         {"layer": 1, "retention": 0.75, "tokens": 15.0},

@@ -91,16 +91,18 @@ def compare_latency(
     batches_by_size: Mapping[int, Sequence[Batch]],
     rounds: int,
     warmup: int = 1,
+    plan: Forward | None = None,
 ) -> list[dict[str, Any]]:
     """Speed-up of the pruned over the unpruned forward at each batch size, one row per size.
 
     `*_ms` is the median time of one batch, `speedup` the median over rounds of dense / pruned within the round, with
-    `speedup_quartiles` as its spread.
+    `speedup_quartiles` as its spread. `plan_ms`, where there is a `plan`, is the time of making it: a part of
+    `pruned_ms`, measured once more on its own.
 
     Raises:
         ValueError: for a batch size without batches.
     """
-    variants = {"dense": dense, "pruned": pruned}
+    variants = {"dense": dense, "pruned": pruned} | ({} if plan is None else {"plan": plan})
     return [_compare(variants, size, batches, rounds, warmup) for size, batches in batches_by_size.items()]
 
 

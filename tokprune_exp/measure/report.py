@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokprune_exp.attribution import Attribution
+from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.data.tokenise import EncodedSplit
+from tokprune_exp.encoder.encoder import PruningRule
 from tokprune_exp.measure.evaluation import Evaluation, check_flops, evaluate
 from tokprune_exp.measure.fidelity import saliency_fidelity
 from tokprune_exp.measure.latency import compare_latency, length_sorted_chunks
@@ -17,7 +19,7 @@ from tokprune_exp.methods.module import PruningModule
 from tokprune_exp.methods.student import StudentModule
 from tokprune_exp.model import PrunedClassifier
 from tokprune_exp.pruning.retainers import Concrete, ManualThreshold, RatioRetainer
-from tokprune_exp.pruning.scorers import TokenSaliency
+from tokprune_exp.pruning.scorers import AttentionSource, TokenSaliency
 
 
 @runtime_checkable
@@ -100,7 +102,10 @@ def sample(split: EncodedSplit, examples: int) -> Tensor:
 def latency(
     model: PrunedClassifier, split: EncodedSplit, settings: MeasureSettings, device: str
 ) -> list[dict[str, Any]]:
-    """Time the pruned against the unpruned model, both as they would be served, on the same batches of real texts."""
+    """Time the pruned against the unpruned model, both as they would be served, on the same batches of real texts.
+
+    Where there is a plan, making it is timed too, as it is served: STTABT's overhead by the clock.
+    """
     rows = sample(split, settings.latency_examples)
     lengths = split.lengths[rows].tolist()
     batches = {
@@ -108,5 +113,18 @@ def latency(
         for size in settings.latency_batch_sizes
         if size <= len(rows)
     }
-    pruned = partial(model.for_inference(), execution="gathered")
-    return compare_latency(pruned, partial(pruned, prune=False), batches, settings.latency_rounds)
+    served = model.for_inference()
+    pruned = partial(served, execution="gathered")
+    plan = partial(make_plan, served) if plans_ahead(model) else None
+    return compare_latency(pruned, partial(pruned, prune=False), batches, settings.latency_rounds, plan=plan)
+
+
+def plans_ahead(model: PrunedClassifier) -> bool:
+    """Whether the model decides for all layers before the first one, from an attention of its own (STTABT)."""
+    return model.pruning is not None and isinstance(model.pruning.scorer, AttentionSource)
+
+
+def make_plan(model: PrunedClassifier, batch: Batch) -> PruningRule:
+    """Do what a planner does before the first layer, and no more: embed, approximate the attention, plan."""
+    assert model.pruning is not None
+    return model.pruning.rule(model.encoder, *model.start(batch, "gathered"))
