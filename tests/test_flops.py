@@ -174,14 +174,28 @@ def test_the_report_of_some_examples_is_that_of_a_split_that_holds_no_others() -
 
 
 def test_the_retention_of_sttabt_is_inflated_by_pads_as_published() -> None:
-    """SST-2, BERT: 41.6 % reported is 98 % of the real tokens (reference/methods.md, A2.8)."""
-    tokens, valid_share, layers = 55, 0.4575, 12
-    real_tokens = round(tokens * valid_share)
-    lengths = [tokens, *[real_tokens] * 400]
+    """SST-2, BERT-base: 41.6 % printed at θ_init = 1 is 98.2 % of the real tokens (reference/methods.md, A2.8, D3).
+
+    872 texts of 25.16 tokens on average, padded to 55 (a share of 0.4575): 110 of 26 tokens, one of 55, 761 of 25.
+    """
+    lengths = [55, *[26] * 110, *[25] * 761]
+    assert sum(lengths) / 872 == pytest.approx(25.16, abs=0.005)
+    assert sum(lengths) / (872 * 55) == pytest.approx(0.4575, abs=5e-5)
+    gone = round((1 - 0.982) * sum(lengths))
+    kept = [length - (row < gone) for row, length in enumerate(lengths)]
+    plan = [LayerTrace(*[first(kept, 55)] * 3) for _ in range(12)]
     report = FlopsReport(16, 64)
-    report.update(trace_of(lengths, [lengths] * layers))
-    published = (12 * valid_share + 1 / tokens) / 13
-    assert report.summary(128)["retention_padded_sttabt"] == pytest.approx(published, abs=0.004)
+    report.update(PruningTrace(first(lengths, 55), plan))
+    assert sum(kept) / sum(lengths) == pytest.approx(0.982, abs=5e-5)
+    assert round(100 * report.summary(128)["retention_padded_sttabt"], 1) == 41.6
+
+
+def test_the_token_sets_are_what_enters_and_what_leaves_every_layer_in_the_order_of_the_index() -> None:
+    report = FlopsReport(16, 64)
+    for rows in ([2, 0], [1]):
+        lengths, leave = [9 - row for row in rows], [[5 - row for row in rows], [1 for _ in rows]]
+        report.update(trace_of(lengths, leave), index=torch.tensor(rows))
+    assert report.token_sets.tolist() == [[9, 5, 1], [8, 4, 1], [7, 3, 1]]
 
 
 def test_chunks_of_1024_are_padded_apart_in_the_order_of_the_split() -> None:
@@ -259,6 +273,28 @@ def test_the_update_of_the_masks_costs_what_sttabt_prints(kind: str, published: 
         tokens = torch.full((13,), 128 * retention, dtype=torch.float64)
         ours = sttabt_mask_update_flops(kind, tokens, torch.tensor(128), dim=768, heads=12).item()
         assert round(ours / 1e6, 2 if kind == "concrete" else 3) == flops / 1e6
+
+
+@pytest.mark.parametrize("kind", ["concrete", "backtracking"])
+def test_the_update_of_the_masks_of_a_plan_equals_a_plain_sum_over_its_layers(kind: str) -> None:
+    """What a layer reads and what leaves it differ here; texts have lengths of their own."""
+    heads, plans = 3, {11: [9, 7, 4, 1], 30: [30, 12, 12, 1]}
+    expected = []
+    for length, sets in plans.items():
+        total = 0.0
+        for layer, (keys, outputs) in enumerate(pairwise(sets), start=1):
+            if kind == "concrete":
+                total += outputs * length * heads * (8 + 10)  # standardised, Φ
+                total += outputs * length * (heads + 1 + 5)  # mean of the heads, eq. 4
+                total += length * (2 + 2)  # over the largest, floor
+                total += length * (5 + 2 * 5 + 3 + 1)  # sigmoid, two logarithms, eq. 5, applied
+                total += length * (len(sets) - layer)  # the larger of it and of the masks above
+            else:
+                total += outputs * length * (heads + 1) + (outputs + 1) * length  # means of heads and of rows
+                total += 35 * (length + math.log(length)) + 4 * length + keys  # ranked, united, scaled
+        expected.append(total)
+    tokens, lengths = torch.tensor(list(plans.values())), torch.tensor(list(plans))
+    assert sttabt_mask_update_flops(kind, tokens, lengths, dim=24, heads=heads).tolist() == pytest.approx(expected)
 
 
 def test_manual_top_k_pays_for_the_queries_of_the_tokens_that_go() -> None:

@@ -64,6 +64,8 @@ def test_adtp_learns_the_tiny_task_and_leaves_everything_it_promises(tiny_overri
     assert result["flops"]["fvcore_forwards_equal"] == 5
     assert sum(result["flops"]["ratio_shares"]) == pytest.approx(1)
     assert result["flops"]["ratio_asked"] == 0.3
+    assert not any(name.startswith("gflops_sttabt") for name in result["flops"])
+    assert all("plan_ms" not in row for row in result["latency"])
     assert [row["batch_size"] for row in result["latency"]] == [1, 4]
     assert result["data"]["kind"] == "directory"
     assert set(result["wall_seconds"]["stages"]) == {"teacher", "student"}
@@ -92,6 +94,19 @@ def test_a_budget_out_of_reach_ends_the_run_before_any_stage(overrides, tiny_ove
     assert result_of(directory)["status"] == "failed"
     assert result_of(directory)["wall_seconds"]["stages"] == {}
     assert not (directory / "checkpoints").exists() and not (directory / "model").exists()
+
+
+def test_sttabt_leaves_what_its_figures_need(tiny_overrides, tmp_path):
+    """Tables 1, 2 and A.1: the error of the ApproxNet, and what it and the plan cost, counted and by the clock."""
+    run(composed(["+method=sttabt", "epochs=1", "logger=none", *tiny_overrides]), tmp_path / "run")
+    result = result_of(tmp_path / "run")
+    assert set(result["findings"]["approximation"]) == {"untrained", "random", "distilled"}
+    assert all(set(error) == {"kl", "mse"} for error in result["findings"]["approximation"].values())
+    assert all(row["plan_ms"] > 0 for row in result["latency"])
+    flops = result["flops"]
+    assert flops["gflops_sttabt_encoder"] > flops["gflops_encoder"] > 0  # elementwise operations come on top
+    assert flops["gflops_sttabt_approx"] > flops["gflops_pruner"] > 0
+    assert flops["gflops_sttabt_mask_update"] > 0
 
 
 def test_a_completed_run_is_not_run_again_unless_asked(tiny_overrides, tmp_path, caplog):

@@ -38,8 +38,9 @@ from tokprune_exp.encoder.pretrained import random_encoder
 from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.head import Head
 from tokprune_exp.losses import STTABTLoss, mean_mask
-from tokprune_exp.measure.evaluation import check_flops
+from tokprune_exp.measure.evaluation import check_flops, evaluate
 from tokprune_exp.measure.report import latency, make_plan
+from tokprune_exp.measure.sttabt_flops import sttabt_approx_net_flops, sttabt_encoder_flops, sttabt_mask_update_flops
 from tokprune_exp.methods.approx import ApproxDistillation, attention_kl, attention_mse, prediction_distance
 from tokprune_exp.methods.budget import cost_share, soft_cost_share
 from tokprune_exp.methods.finetune import Finetune
@@ -697,6 +698,34 @@ def test_a_loaded_model_gives_identical_logits_with_identical_settings(
     with torch.no_grad():
         for execution in ("masked", "gathered"):
             assert torch.equal(theirs(batch, execution).logits, ours(batch, execution).logits)
+
+
+@pytest.mark.parametrize("pair", [*PAIRS, "manual_topk"])
+def test_an_evaluation_gives_the_means_of_sttabts_counting_too(
+    pair: str, data: TaskData, random_classifier: Build
+) -> None:
+    sizes = {"outputs": 2, **TINY}
+    if pair == "manual_topk":
+        model = random_classifier(AttentionMass, TopKSchedule, **sizes)
+    else:
+        model = planned(random_classifier, pair, sizes=sizes)
+    choice: Any = pair.partition("_")[2] if pair in PAIRS else pair
+    split, expected = data.evaluation, {"encoder": 0.0, "approx": 0.0, "mask_update": 0.0}
+    flops = evaluate(model, data.evaluation_batches(), ["accuracy"], 64).flops
+    for row in range(len(split)):
+        with torch.no_grad():
+            trace = model(split.collate([row])).trace
+        tokens = torch.cat([trace.counts("keys")[0, :1], trace.counts("outputs")[0]])
+        expected["encoder"] += 1e-9 * sttabt_encoder_flops(tokens, 32, 128, 4).item() / len(split)
+        update = sttabt_mask_update_flops(choice, tokens, split.lengths[row], 32, 4).item()
+        expected["mask_update"] += 1e-9 * update / len(split)
+        if "approx" in pair:
+            approx = sttabt_approx_net_flops(split.lengths[row], 2, 32, 128, 4, 4).item()
+            expected["approx"] += 1e-9 * approx / len(split)
+    for name, value in expected.items():
+        assert flops[f"gflops_sttabt_{name}"] == pytest.approx(value, rel=1e-9)
+    unpruned = evaluate(model, data.evaluation_batches(), ["accuracy"], 64, prune=False).flops
+    assert not any(name.startswith("gflops_sttabt") for name in unpruned)
 
 
 FEW = SimpleNamespace(

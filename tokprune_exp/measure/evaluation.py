@@ -12,8 +12,22 @@ from tokprune_exp.data.batch import Batch
 from tokprune_exp.encoder.cost import encoder_macs
 from tokprune_exp.measure.flops import FlopsReport, check_against_fvcore, count_with_fvcore
 from tokprune_exp.measure.metrics import evaluate_metrics
+from tokprune_exp.measure.sttabt_flops import (
+    Choice,
+    sttabt_approx_net_flops,
+    sttabt_encoder_flops,
+    sttabt_mask_update_flops,
+)
 from tokprune_exp.model import PrunedClassifier
-from tokprune_exp.pruning.retainers import AdaptiveRatio
+from tokprune_exp.pruning.retainers import AdaptiveRatio, Backtracking, Concrete, Retainer, TopKSchedule
+from tokprune_exp.pruning.scorers import ApproxAttention
+
+STTABT_CHOICES: dict[type[Retainer], Choice] = {
+    Concrete: "concrete",
+    Backtracking: "backtracking",
+    TopKSchedule: "manual_topk",
+}
+"""The retainers whose cost STTABT's Table 2 has."""
 
 
 @dataclass
@@ -57,6 +71,8 @@ def evaluate(
     order = torch.cat(index).argsort()
     all_logits, all_labels = torch.cat(logits)[order], torch.cat(labels)[order]
     flops = report.summary(published_length)
+    if prune and model.pruning is not None and type(model.pruning.retainer) in STTABT_CHOICES:
+        flops |= in_sttabts_counting(model, report)
     if ratios:
         assert model.pruning is not None and isinstance(model.pruning.retainer, AdaptiveRatio)
         scores = torch.cat(ratios)
@@ -69,6 +85,30 @@ def evaluate(
         flops,
         quartiles(metrics, all_logits, all_labels, report, published_length),
     )
+
+
+def in_sttabts_counting(model: PrunedClassifier, report: FlopsReport) -> dict[str, float]:
+    """Mean GFLOPs per example as STTABT's code counts them (Table 2): elementwise operations too, 2 a multiply-add.
+
+    Texts have their own lengths here; there they are padded. None of it is in any other figure.
+
+    * `gflops_sttabt_encoder`: embeddings and layers, on the tokens that stay.
+    * `gflops_sttabt_approx`: the whole ApproxNet, with its embeddings and all of its last layer; 0 without one.
+    * `gflops_sttabt_mask_update`: the choice of the tokens.
+    """
+    assert model.pruning is not None
+    shape, scorer, tokens = model.encoder.shape, model.pruning.scorer, report.token_sets
+    sizes = {"dim": shape.dim, "ff_dim": shape.ff_dim, "heads": shape.heads}
+    approx = torch.zeros(len(tokens))
+    if isinstance(scorer, ApproxAttention):
+        approx = sttabt_approx_net_flops(report.lengths, shape.layers, **sizes, factor=scorer.factor)
+    choice = STTABT_CHOICES[type(model.pruning.retainer)]
+    flops = {
+        "encoder": sttabt_encoder_flops(tokens, **sizes),
+        "approx": approx,
+        "mask_update": sttabt_mask_update_flops(choice, tokens, report.lengths, shape.dim, shape.heads),
+    }
+    return {f"gflops_sttabt_{name}": 1e-9 * float(each.double().mean()) for name, each in flops.items()}
 
 
 def quartiles(

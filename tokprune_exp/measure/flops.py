@@ -79,6 +79,12 @@ class FlopsReport:
         """Tokens of each example, in the order of their index."""
         return self._counted()["lengths"]
 
+    @property
+    def token_sets(self) -> Int[Tensor, "examples sets"]:
+        """|K^1|, |O^1|, …, |O^L| of each example, in the order of their index."""
+        all_of = self._counted()
+        return torch.cat([all_of["keys"][:, :1], all_of["outputs"]], dim=1)
+
     def where(self, keep: Bool[Tensor, " examples"]) -> "FlopsReport":
         """The report of the examples alone that are marked, in the order of their index."""
         return FlopsReport(self.dim, self.ff_dim, [{name: value[keep] for name, value in self._counted().items()}])

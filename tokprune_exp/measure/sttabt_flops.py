@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokprune_exp.encoder.cost import layer_macs
 
+Choice = Literal["concrete", "backtracking", "manual_topk"]
 NORM, SOFTMAX, GELU, PHI, LOGARITHM, SIGMOID, RANKING = 5, 5, 8, 10, 5, 5, 35
 """What STTABT's code charges for an element, in FLOPs; ranking n elements costs 35·(n + ln n)."""
 
@@ -46,13 +47,13 @@ def sttabt_approx_net_flops(
 
 
 def sttabt_mask_update_flops(
-    kind: Literal["concrete", "backtracking", "manual_topk"],
+    kind: Choice,
     tokens: Num[Tensor, "*examples sets"],
     lengths: Num[Tensor, "*examples"],
     dim: int,
     heads: int,
 ) -> Float[Tensor, "*examples"]:
-    """FLOPs of choosing the tokens, in STTABT's counting (Table 2), T being the padded length, l = 1 … L.
+    """FLOPs of choosing the tokens, in STTABT's counting (Table 2), T being the length, there padded; l = 1 … L.
 
     concrete      |O|·T·(8H + 10H + H + 1 + 5)    eq. 3, Φ, mean of the heads, eq. 4
                   + T·(2 + 2 + 18 + 1)            normalised, floored; the mask of eq. 5; applied

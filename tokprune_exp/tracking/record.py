@@ -33,7 +33,8 @@ class RunRecord:
         metrics {dense, unpruned, pruned} of {<metric>}
         by_length {dense, pruned} of [a row per quartile of the lengths: evaluation.quartiles]
         commonest_answer share of the texts that got the label which was answered most often
-        flops {FlopsReport.summary}   latency [compare_latency rows]   saliency {spearman, mse}   data {…}
+        flops {FlopsReport.summary; of STTABT and manual_topk evaluation.in_sttabts_counting too}
+        latency [compare_latency rows]   saliency {spearman, mse}   data {…}
         findings {what a stage found out; ltp: binarisation {soft, hard} of {<metric>, cost_share}
                   sttabt: approximation {untrained, random, after_text, distilled} of {kl, mse},
                   random where the start is not, after_text with +text}
