@@ -11,7 +11,7 @@ the last layer only for [CLS]. Stages: approx_text (with +text), teacher (the de
 all runs that would train the same one), then, with Concrete, soft and hard as in LTP. Back-tracking with a fixed k
 needs no training of the model (`method.epochs=0`); a number of epochs fine-tunes it under its plan.
 
-`scorer=exact_attention` plans from the attention of the unpruned model itself: the upper bound, at a whole pass's cost.
+`scorer=exact_attention` plans from the attention of the unpruned model itself: the reference, at a whole pass's cost.
 With a `budget`, μ·(soft cost − budget)² takes the place of the second regulariser, and the knob (k, or a shift of θ)
 holds the cost. The ApproxNet's own cost is in it.
 """

@@ -34,7 +34,10 @@ class AttentionSource(Scorer):
 
 
 class ExactAttention(AttentionSource):
-    """The attention of the unpruned model itself: what no approximation can beat, at the price of a whole pass."""
+    """The attention of the unpruned model itself: the reference for approximations, at the price of a whole pass.
+
+    It is no bound: the plan of an approximation can be the better one (docs/results.md, RTE).
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
