@@ -238,7 +238,7 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(method, kil
     process = subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    reached, saved, deadline = directory / "checkpoints" / killed_stage / "last.ckpt", set(), time.monotonic() + 120
+    reached, saved, deadline = directory / "checkpoints" / killed_stage / "last.ckpt", set(), time.monotonic() + 300
     while len(saved) < 3 and process.poll() is None and time.monotonic() < deadline:
         if reached.exists():
             saved.add(reached.stat().st_mtime_ns)
@@ -250,7 +250,7 @@ def test_a_run_killed_in_a_stage_goes_on_at_the_epoch_it_had_reached(method, kil
     assert killed["status"] == "running"
     assert killed["wall_seconds"]["stages"][killed_stage] > 0
 
-    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     result = result_of(directory)
     assert result["status"] == "completed"
