@@ -5,7 +5,8 @@ The encoder is written once and asks its layout for everything that differs betw
 * `Padded` keeps the shape (batch, tokens, dim) for ever; a pruned token is only masked as a key. What is dropped can
   have a gradient.
 * `Packed` holds (total, dim): the tokens that are still there, sequence after sequence. A pruned token and padding
-  are gone. Used to evaluate, time and deploy, and to train where no gradient asks what a pruned token would have done.
+  are gone. Used to evaluate, time and deploy, and to train where no gradient asks what a pruned token would have done;
+  there the attention alone fills its sequences up to the longest that is left.
 
 Importance and keep masks are one number per token and always lie on the grid (batch, tokens) of the padded batch.
 """
