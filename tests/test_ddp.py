@@ -26,8 +26,8 @@ WATCHED = """
 
     run_stage = tokprune_exp.run.run_stage
 
-    def watched(stage, *rest):
-        run_stage(stage, *rest)
+    def watched(stage, *rest, **settings):
+        run_stage(stage, *rest, **settings)
         name = f"{os.environ['NAME']}-{stage.name}-{os.environ.get('LOCAL_RANK', 0)}"
         save_file({key: value.contiguous() for key, value in stage.module.state_dict().items()}, f"{name}.safetensors")
         steps = stage.module._trainer.global_step if stage.module._trainer else 0

@@ -218,7 +218,7 @@ def test_pruning_at_a_layer_equals_a_plain_loop_over_the_layers_of_transformers(
     layer: int, after_attention: bool, random_transformer: Build, random_classifier: Build, ragged_batch: Build
 ) -> None:
     """Each sequence alone; scores from transformers' own attention weights; rows cut out of the hidden states."""
-    scorer = AttentionMass if after_attention else TokenSaliency
+    scorer = partial(AttentionMass, normalisation="length") if after_attention else TokenSaliency
     model, theirs = random_classifier(scorer, partial(StaticRatio, layer=layer)), random_transformer()
     batch = ragged_batch(model, LENGTHS)
 
