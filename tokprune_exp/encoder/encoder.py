@@ -195,7 +195,7 @@ class PrunedEncoder(nn.Module):
         With `enforce=False` the pruning is asked and recorded but every token is kept (the warm-up of AD-TP).
         `wants_inner` also returns every layer's attention scores and hidden states.
         """
-        return self._run(hidden, layout, pruning, enforce, wants_inner, self.shape.layers)
+        return self._run(hidden, layout, pruning, self.shape.layers, enforce, wants_inner)
 
     def choices(
         self, hidden: Float[Tensor, "*tokens dim"], layout: Layout, pruning: PruningRule | None
@@ -204,7 +204,7 @@ class PrunedEncoder(nn.Module):
         places: tuple[Place, ...] = ("before", "queries", "after")
         numbers = range(self.shape.layers)
         chosen_in = [n for n in numbers if pruning is not None and any(pruning.decides(n, place) for place in places)]
-        output = self._run(hidden, layout, pruning, True, False, max(chosen_in, default=-1) + 1)
+        output = self._run(hidden, layout, pruning, until=max(chosen_in, default=-1) + 1)
         alive = output.layout.alive
         output.trace.layers += [LayerTrace(alive, alive, alive) for _ in numbers[len(output.trace.layers) :]]
         return output.trace
@@ -214,9 +214,9 @@ class PrunedEncoder(nn.Module):
         hidden: Float[Tensor, "*tokens dim"],
         layout: Layout,
         pruning: PruningRule | None,
-        enforce: bool,
-        wants_inner: bool,
         until: int,
+        enforce: bool = True,
+        wants_inner: bool = False,
     ) -> EncoderOutput:
         """Run the first `until` layers."""
         trace = PruningTrace(layout.sequences.valid)
