@@ -414,6 +414,8 @@ def test_a_resumed_student_goes_on_with_the_eta_it_had_reached(
     again = student()
     again.on_load_checkpoint(torch.load(tmp_path / "reached.ckpt", weights_only=True))
     assert again.eta == first.eta
+    again.on_load_checkpoint({})  # of a version that did not keep it
+    assert again.eta == first.eta
 
 
 def test_a_teacher_is_trained_first_unless_it_is_trained_already(adtp: Build) -> None:

@@ -154,8 +154,8 @@ class ADTP(StudentModule):
         checkpoint["eta"] = self.eta
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the η that was reached."""
-        self.eta = checkpoint["eta"]
+        """Go on with the η that was reached; checkpoints of earlier versions have none."""
+        self.eta = checkpoint.get("eta", self.eta)
 
     def terms(self, batch: Batch) -> Terms:
         """Compute AD-TP's loss: one full pass for the attributions, one pruned pass for the task."""
