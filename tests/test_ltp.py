@@ -955,10 +955,11 @@ def test_what_binarising_costs_is_written_and_found_again_when_the_stages_are_lo
         assert torch.equal(tensor, method.model.state_dict()[name])
 
 
-def test_a_stage_says_the_metric_of_the_epoch_that_it_keeps(
+def test_a_stage_says_the_metric_of_each_epoch_and_of_the_one_that_it_keeps(
     data: TaskData,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],  # its stdout is no terminal
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -966,9 +967,13 @@ def test_a_stage_says_the_metric_of_the_epoch_that_it_keeps(
     monkeypatch.setattr("tokprune_exp.methods.module.evaluate_metrics", lambda *given: {"accuracy": next(falling)})
     with caplog.at_level("INFO", "tokprune_exp"):
         run_stages(tiny_ltp(tiny_tokenizer, soft_epochs=2, epochs=2), data, tmp_path)
-    said = [record.getMessage() for record in caplog.records if "epoch has" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "epoch" in record.getMessage()]
     assert said == [
+        "stage soft: epoch 1 of 2, soft/selection_accuracy = 0.9000",
+        "stage soft: epoch 2 of 2, soft/selection_accuracy = 0.6000",
         "stage soft: last epoch has soft/selection_accuracy = 0.6000",
+        "stage hard: epoch 1 of 2, hard/selection_accuracy = 0.8000",
+        "stage hard: epoch 2 of 2, hard/selection_accuracy = 0.5000",
         "stage hard: best epoch has hard/selection_accuracy = 0.8000",
     ]
 

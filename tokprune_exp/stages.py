@@ -11,13 +11,14 @@ them walk through the same stages; the first process alone waits for other runs,
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
@@ -51,10 +52,17 @@ def run_stage(
     # on its own, since save_last would only be written when the best is
     last = ModelCheckpoint(dirpath=folder, filename="last", monitor=None, save_last=False, enable_version_counter=False)
     patience = [] if stage.patience is None else [EarlyStopping(metric, mode=mode, patience=stage.patience)]
+
+    def ends_epoch(trainer: Trainer, _: LightningModule) -> None:
+        each_epoch()
+        if not sys.stdout.isatty():  # Lightning draws its bar on a terminal only; a log file gets a line instead
+            epoch, reached = trainer.current_epoch + 1, float(trainer.callback_metrics[metric])
+            LOGGER.info("stage %s: epoch %d of %d, %s = %.4f", stage.name, epoch, stage.epochs, metric, reached)
+
     trainer = build_trainer(
         max_epochs=stage.epochs,
         logger=loggers or False,
-        callbacks=[best, last, *patience, LambdaCallback(on_train_epoch_end=lambda *_: each_epoch())],
+        callbacks=[best, last, *patience, LambdaCallback(on_train_epoch_end=ends_epoch)],
         default_root_dir=directory,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
