@@ -384,19 +384,45 @@ def softened_by_hand(theirs: Any, embedded: Tensor, masks: Rows) -> Tensor:
     return hidden[:, 0]
 
 
+def multiplied_by_hand(theirs: Any, embedded: Tensor, masks: Rows) -> Tensor:
+    """[CLS] after the last layer as the official code softens: every linear map's output times its tokens' masks."""
+    hidden = embedded
+    for block, *rows in zip(theirs.encoder.layer, masks, masks[1:], strict=False):
+        keys, outputs = (torch.tensor(row, dtype=torch.float64)[:, None] for row in rows)
+        attention = block.attention.self
+        size = attention.attention_head_size
+        query, key, value = (
+            attention.query(hidden) * outputs,
+            attention.key(hidden) * keys,
+            attention.value(hidden) * keys,
+        )
+        contexts = []
+        for head in range(attention.num_attention_heads):
+            q, k, v = (states[0, :, head * size : (head + 1) * size] for states in (query, key, value))
+            weights = (q @ k.T / math.sqrt(size)).softmax(-1) * keys.T
+            contexts.append(weights / weights.sum(-1, keepdim=True) @ v)
+        projected = block.attention.output.dense(torch.cat(contexts, dim=1)[None]) * outputs
+        attended = block.attention.output.LayerNorm(projected + hidden)
+        inner = F.gelu(block.intermediate.dense(attended) * outputs)
+        hidden = block.output.LayerNorm(block.output.dense(inner) * outputs + attended)
+    return hidden[:, 0]
+
+
 def doubled(module: nn.Module) -> Any:
     return copy.deepcopy(module).double()
 
 
-@pytest.mark.parametrize("mode", ["backtracking", "concrete", "soft"])
+@pytest.mark.parametrize("mode", ["backtracking", "concrete", "soft", "code"])
 def test_plan_and_logits_equal_a_plain_loop_over_the_layers_of_transformers(
     mode: str, random_transformer: Build, random_classifier: Build, ragged_batch: Build
 ) -> None:
-    model = planned(random_classifier, "exact_backtracking" if mode == "backtracking" else "exact_concrete")
+    settings = {"relaxation": "code"} if mode == "code" else {}
+    pair, softens = "exact_backtracking" if mode == "backtracking" else "exact_concrete", mode in ("soft", "code")
+    model = planned(random_classifier, pair, **settings)
     theirs, head = doubled(random_transformer()), doubled(model.head)
     batch = ragged_batch(model, LENGTHS, extra=2)
     with torch.no_grad():
-        outputs = [relaxed(model, batch)] if mode == "soft" else [model(batch), model(batch, "gathered")]
+        outputs = [relaxed(model, batch)] if softens else [model(batch), model(batch, "gathered")]
         for row, (ids, types) in enumerate(rows_of(batch)):
             n = len(ids)
             embedded = theirs.embeddings(input_ids=ids[None], token_type_ids=types[None])
@@ -406,10 +432,11 @@ def test_plan_and_logits_equal_a_plain_loop_over_the_layers_of_transformers(
                 kept = backtracked_by_hand([attention_by_hand(one, n) for one in scores], count, 0.1)[0]
             else:
                 uniform = [uniform_by_hand(one, n) for one in scores]
-                masks = concrete_by_hand(uniform, THETAS, tau=0.1 if mode == "soft" else None)[0]
+                masks = concrete_by_hand(uniform, THETAS, tau=0.1 if softens else None)[0]
                 kept = [{i for i, m in enumerate(mask) if m} for mask in masks]
-            if mode == "soft":
-                first = softened_by_hand(theirs, embedded, masks)
+            if softens:
+                by_hand = softened_by_hand if mode == "soft" else multiplied_by_hand
+                first = by_hand(theirs, embedded, masks)
                 decisions = [outputs[0].trace.entry, *outputs[0].trace.decisions]
                 for decision, mask in zip(decisions, masks, strict=True):
                     assert decision.soft[row].tolist() == pytest.approx(mask + [0.0] * (42 - n), abs=1e-3)
@@ -474,11 +501,12 @@ def test_the_gradient_of_theta_equals_finite_differences_of_the_plain_loop(
     assert gradient == pytest.approx(numeric, rel=2e-2, abs=2e-3)
 
 
+@pytest.mark.parametrize("relaxation", ["gated", "code"])
 @pytest.mark.parametrize("pair", ["approx_concrete", "exact_concrete"])
 def test_soft_masks_of_zeros_and_ones_give_the_logits_of_the_hard_model(
-    pair: str, random_classifier: Build, ragged_batch: Build
+    pair: str, relaxation: str, random_classifier: Build, ragged_batch: Build
 ) -> None:
-    model = planned(random_classifier, pair, temperature=1e-5)
+    model = planned(random_classifier, pair, temperature=1e-5, relaxation=relaxation)
     batch = ragged_batch(model, LENGTHS, extra=1)
     with torch.no_grad():
         soft, hard = relaxed(model, batch), model(batch)
@@ -504,12 +532,13 @@ def pruner_share(model: PrunedClassifier, batch: Batch) -> float:
     return (whole + sum(2 * e * e * n + e * n * n for n in lengths)) / dense
 
 
+@pytest.mark.parametrize("relaxation", ["gated", "code"])
 @pytest.mark.parametrize("trains_along", [True, False])
 @pytest.mark.parametrize("pair", ["approx_concrete", "exact_concrete"])
 def test_the_task_teaches_every_theta_the_encoder_and_the_approx_net_where_it_trains_along(
-    pair: str, trains_along: bool, random_classifier: Build, ragged_batch: Build
+    pair: str, trains_along: bool, relaxation: str, random_classifier: Build, ragged_batch: Build
 ) -> None:
-    model = planned(random_classifier, pair, temperature=0.5)
+    model = planned(random_classifier, pair, temperature=0.5, relaxation=relaxation)
     model.pruning.scorer.requires_grad_(trains_along)
     F.cross_entropy(relaxed(model, batch := ragged_batch(model, LENGTHS)).logits, batch.labels).backward()
     gradient = model.pruning.retainer.theta.grad

@@ -139,6 +139,44 @@ class EncoderLayer(nn.Module):
         return self.output_norm(attended + self.dropout(mixed))
 
 
+class SoftLayer(EncoderLayer):
+    """A layer under soft masks as STTABT's official code has it: what its linear maps put out is multiplied.
+
+        key, value                              times m^l
+        query, attention output, feed-forward   times m^{l+1}
+
+    The residual stream is not. That attention weights count m^l is the layout's part, its gate.
+    """
+
+    def __init__(self, layer: EncoderLayer, keys: Float[Tensor, "*tokens"], outputs: Float[Tensor, "*tokens"]) -> None:
+        nn.Module.__init__(self)
+        self._modules = layer._modules  # the same weights
+        self.training, self.heads, self.attention_dropout = layer.training, layer.heads, layer.attention_dropout
+        self.of_keys, self.of_outputs = keys[..., None], outputs[..., None]
+
+    def attend(
+        self,
+        asking: Float[Tensor, "*queries dim"],
+        hidden: Float[Tensor, "*tokens dim"],
+        layout: Layout,
+        queries: Layout,
+        wants: Wants,
+    ) -> Attended:
+        """Mix the tokens of each sequence into the queries: the context before its output projection."""
+        dropout = self.attention_dropout if self.training else 0.0
+        query = self.query(asking) * self.of_outputs
+        key, value = self.key(hidden) * self.of_keys, self.value(hidden) * self.of_keys
+        return layout.attend(query, key, value, self.heads, dropout, wants, queries)
+
+    def finish(
+        self, hidden: Float[Tensor, "*tokens dim"], context: Float[Tensor, "*tokens dim"]
+    ) -> Float[Tensor, "*tokens dim"]:
+        """Project the context, then the feed-forward block."""
+        attended = self.attention_norm(hidden + self.dropout(self.attention_output(context) * self.of_outputs))
+        mixed = self.output(F.gelu(self.intermediate(attended) * self.of_outputs)) * self.of_outputs
+        return self.output_norm(attended + self.dropout(mixed))
+
+
 @dataclass
 class EncoderOutput:
     """Hidden states of the survivors, the layout they lie in, the record of what was pruned, and scores on request."""
@@ -233,6 +271,10 @@ class PrunedEncoder(nn.Module):
                 trace.entry = trace.entry or decision
                 decision, queries, gather = _choose(pruning, hidden, layout, None, (number, "queries"), enforce)
                 asking = gather(hidden)
+                if decision.multiplies:
+                    before = trace.decisions[-1] if number else trace.entry
+                    assert before is not None and before.soft is not None and decision.soft is not None
+                    layer = SoftLayer(layer, layout.take(before.soft), layout.take(decision.soft))
             decides_after = pruning is not None and pruning.decides(number, "after")
             attended = layer.attend(asking, hidden, keys, queries, Wants(decides_after, wants_inner))
             hidden, layout, context = asking, queries, attended.context

@@ -19,8 +19,9 @@ class Decision:
     `gate`, with gradients, is what a token counts for as a key from here on, times the gates before: `keep` in value
     (straight-through), or between 0 and 1 where nothing is dropped, the soft mask itself (LTP, gated) or the quotient
     of two (a plan of Concrete masks). `ratio_logits` are an adaptive retainer's. `soft` is a mask between 0 and 1:
-    without a gate, the layer's output is multiplied by it (LTP, eq. 12). `priced` is what a budget is priced with:
-    `soft` or `keep` in value, with gradients for the thresholds alone. `threshold` is what the importance had to
+    without a gate, the layer's output is multiplied by it (LTP, eq. 12); where a plan `multiplies`, so is what each
+    linear map of the layer puts out, besides the gate (STTABT's official code). `priced` is what a budget is priced
+    with: `soft` or `keep` in value, with gradients for the thresholds alone. `threshold` is what the importance had to
     exceed, where one was in force.
     """
 
@@ -29,6 +30,7 @@ class Decision:
     gate: Float[Tensor, "batch tokens"] | None = None
     ratio_logits: Float[Tensor, "batch ratios"] | None = None
     soft: Float[Tensor, "batch tokens"] | None = None
+    multiplies: bool = False
     priced: Float[Tensor, "batch tokens"] | None = None
     threshold: Float[Tensor, ""] | float | None = None
 

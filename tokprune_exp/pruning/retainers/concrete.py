@@ -7,10 +7,11 @@
     hard  m^l ≥ 1/2, that is s ≥ 1 − p_θ
 
 In the soft stage a token is attended to in proportion to m: attention weights are exp(score)·m, renormalised. At m of 0
-and 1 this is the hard model exactly. (The official code also multiplies the outputs of every linear layer by m.)
+and 1 this is the hard model exactly. `relaxation: code` also multiplies by m what every linear layer puts out, as the
+official code does: by m^l for keys and values, by m^{l+1} for queries and all that follows.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,6 +41,7 @@ class Concrete(Relaxable, Planner):
         propagation: float = 0.1,
         temperature: float = 0.1,
         floor: float = 0.01,
+        relaxation: Literal["gated", "code"] = "gated",
         keeps_separators: bool = False,
     ) -> None:
         super().__init__(dim, layers, keeps_separators)
@@ -49,6 +51,9 @@ class Concrete(Relaxable, Planner):
             raise ValueError(f"retainer.temperature={temperature} must be above 0")
         if not 0 < floor < 1:
             raise ValueError(f"retainer.floor={floor} must lie between 0 and 1")
+        if relaxation not in ("gated", "code"):
+            raise ValueError(f"retainer.relaxation={relaxation}: gated or code")
+        self.relaxation = relaxation
         self.theta_init, self.propagation, self.temperature, self.floor = theta_init, propagation, temperature, floor
         self.theta = nn.Parameter(torch.full((layers,), float(theta_init)))
         self.has_knob(0.0)
@@ -84,7 +89,13 @@ class Concrete(Relaxable, Planner):
         before = [valid.float(), *(mask for _, mask in steps)]
         return Plan(
             [
-                Decision(importance, valid, gate=mask / former.clamp(min=SMALL), soft=mask)
+                Decision(
+                    importance,
+                    valid,
+                    gate=mask / former.clamp(min=SMALL),
+                    soft=mask,
+                    multiplies=self.relaxation == "code",
+                )
                 for (importance, mask), former in zip(steps, before, strict=False)
             ]
         )
@@ -96,6 +107,7 @@ class Concrete(Relaxable, Planner):
             "propagation": self.propagation,
             "temperature": self.temperature,
             "floor": self.floor,
+            "relaxation": self.relaxation,
             **super().settings(),
         }
 
