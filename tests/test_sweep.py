@@ -127,6 +127,7 @@ def test_a_sweep_file_runs_its_jobs_below_its_own_folder(command, tmp_path):
     [
         (["+sweep=frontier", "budget=0.3,0.6", "contender=ltp"], [["ltp", "0.3"], ["ltp", "0.6"]]),
         (["contender=ltp,adtp", "+sweep=frontier", "budget=0.3"], [["ltp", "0.3"], ["adtp", "0.3"]]),
+        (["contender=ltp", "+sweep=frontier", "budget=0.3"], [["ltp", "0.3"]]),
     ],
 )
 def test_values_beside_a_sweep_file_take_the_place_of_its_own(command, tmp_path, arguments, jobs):
@@ -134,10 +135,20 @@ def test_values_beside_a_sweep_file_take_the_place_of_its_own(command, tmp_path,
     assert code == 0
     plan = json.loads((tmp_path / "multirun/frontier/sweep.json").read_text())
     expected = [
-        [f"contender={contender}", f"budget={budget}", "+sweep=frontier", "seed=5"] for contender, budget in jobs
+        {f"contender={contender}", f"budget={budget}", "+sweep=frontier", "seed=5"} for contender, budget in jobs
     ]
-    assert plan["jobs"] == expected
+    assert [set(job) for job in plan["jobs"]] == expected
+    assert [len(job) for job in plan["jobs"]] == [4] * len(jobs)
     assert started(tmp_path) == [5] * len(jobs)
+
+
+def test_a_setting_that_only_the_one_choice_beside_a_sweep_file_has_is_taken(command, tmp_path):
+    code, _ = command("+sweep=frontier", "contender=sttabt", "budget=0.3,0.6", "method.approx_epochs=2", "seed=5")
+    assert code == 0
+    assert started(tmp_path) == [5, 5]
+    code, told = command("+sweep=frontier", "contender=ltp", "budget=0.3,0.6", "method.approx_epochs=2", "seed=5")
+    assert code == 2
+    assert "method.approx_epochs: method has no key approx_epochs" in told.err
 
 
 @pytest.mark.parametrize("one_job", [["hydra.mode=RUN"], ["--cfg", "job"], ["-c", "job"]])

@@ -75,11 +75,21 @@ def with_values(arguments: list[str]) -> list[str]:
     if not file.is_file() or is_one_job:
         return arguments
     varied = OmegaConf.load(file).hydra.sweeper.params
-    return [
-        f"hydra.sweeper.params={{{key}:{in_quotes(values)}}}" if key in varied else one
-        for one in arguments
-        for key, _, values in [one.partition("=")]
-    ]
+    return [part for one in arguments for part in in_place_of(varied, one)]
+
+
+def in_place_of(varied: DictConfig, argument: str) -> list[str]:
+    """Write an argument such that it takes the place of what a sweep file varies, if it does.
+
+    Hydra composes a sweep once without what varies. One choice of a group is taken out of that, so that the settings
+    beside it, which other choices may not have, are checked against this one.
+    """
+    key, _, values = argument.partition("=")
+    if key not in varied:
+        return [argument]
+    if "." not in key and not OverridesParser.create().parse_override(argument).is_sweep_override():
+        return [f"~hydra.sweeper.params.{key}", argument]
+    return [f"hydra.sweeper.params={{{key}:{in_quotes(values)}}}"]
 
 
 def in_quotes(values: str) -> str:
