@@ -139,42 +139,31 @@ class EncoderLayer(nn.Module):
         return self.output_norm(attended + self.dropout(mixed))
 
 
-class SoftLayer(EncoderLayer):
-    """A layer under soft masks as STTABT's official code has it: what its linear maps put out is multiplied.
+class Multiplied(nn.Module):
+    """A linear map whose output is multiplied by a mask of its tokens."""
 
-        key, value                              times m^l
-        query, attention output, feed-forward   times m^{l+1}
+    def __init__(self, linear: nn.Module, mask: Float[Tensor, "*tokens"]) -> None:
+        super().__init__()
+        self.linear, self.mask = linear, mask[..., None]
 
-    The residual stream is not. That attention weights count m^l is the layout's part, its gate.
+    def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        """Compute m·(x Wᵀ + b)."""
+        return self.linear(x) * self.mask
+
+
+def softened(layer: EncoderLayer, keys: Float[Tensor, "*tokens"], outputs: Float[Tensor, "*tokens"]) -> EncoderLayer:
+    """Return the layer, with its weights, under soft masks as STTABT's official code has them.
+
+    Keys and values are multiplied by m^l; queries, attention output and both maps of the feed-forward block by m^{l+1};
+    the residual stream is not. That attention weights count m^l is the layout's part, its gate.
     """
-
-    def __init__(self, layer: EncoderLayer, keys: Float[Tensor, "*tokens"], outputs: Float[Tensor, "*tokens"]) -> None:
-        nn.Module.__init__(self)
-        self._modules = layer._modules  # the same weights
-        self.training, self.heads, self.attention_dropout = layer.training, layer.heads, layer.attention_dropout
-        self.of_keys, self.of_outputs = keys[..., None], outputs[..., None]
-
-    def attend(
-        self,
-        asking: Float[Tensor, "*queries dim"],
-        hidden: Float[Tensor, "*tokens dim"],
-        layout: Layout,
-        queries: Layout,
-        wants: Wants,
-    ) -> Attended:
-        """Mix the tokens of each sequence into the queries: the context before its output projection."""
-        dropout = self.attention_dropout if self.training else 0.0
-        query = self.query(asking) * self.of_outputs
-        key, value = self.key(hidden) * self.of_keys, self.value(hidden) * self.of_keys
-        return layout.attend(query, key, value, self.heads, dropout, wants, queries)
-
-    def finish(
-        self, hidden: Float[Tensor, "*tokens dim"], context: Float[Tensor, "*tokens dim"]
-    ) -> Float[Tensor, "*tokens dim"]:
-        """Project the context, then the feed-forward block."""
-        attended = self.attention_norm(hidden + self.dropout(self.attention_output(context) * self.of_outputs))
-        mixed = self.output(F.gelu(self.intermediate(attended) * self.of_outputs)) * self.of_outputs
-        return self.output_norm(attended + self.dropout(mixed))
+    soft = EncoderLayer.__new__(EncoderLayer)
+    nn.Module.__init__(soft)
+    soft.training, soft.heads, soft.attention_dropout = layer.training, layer.heads, layer.attention_dropout
+    soft._modules = dict(layer._modules)
+    for name in ("key", "value", "query", "attention_output", "intermediate", "output"):
+        soft._modules[name] = Multiplied(getattr(layer, name), keys if name in ("key", "value") else outputs)
+    return soft
 
 
 @dataclass
@@ -274,7 +263,7 @@ class PrunedEncoder(nn.Module):
                 if decision.multiplies:
                     before = trace.decisions[-1] if number else trace.entry
                     assert before is not None and before.soft is not None and decision.soft is not None
-                    layer = SoftLayer(layer, layout.take(before.soft), layout.take(decision.soft))
+                    layer = softened(layer, layout.take(before.soft), layout.take(decision.soft))
             decides_after = pruning is not None and pruning.decides(number, "after")
             attended = layer.attend(asking, hidden, keys, queries, Wants(decides_after, wants_inner))
             hidden, layout, context = asking, queries, attended.context
