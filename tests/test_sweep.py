@@ -151,6 +151,12 @@ def test_a_setting_that_only_the_one_choice_beside_a_sweep_file_has_is_taken(com
     assert "method.approx_epochs: method has no key approx_epochs" in told.err
 
 
+def test_a_value_that_cannot_be_read_beside_a_sweep_file_is_one_line(command, tmp_path):
+    code, told = command("+sweep=frontier", "budget=[0.3")
+    assert code == 2 and not (tmp_path / "started").exists()
+    assert "[0.3" in told.err and len(told.err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("one_job", [["hydra.mode=RUN"], ["--cfg", "job"], ["-c", "job"]])
 def test_where_one_job_is_run_or_shown_its_values_stay_as_they_are(one_job):
     arguments = ["+sweep=frontier", "contender=adtp", *one_job]

@@ -82,9 +82,9 @@ def one_of_a_sweep(cfg: DictConfig, settings: Any) -> tuple[float, float] | None
 
 def main() -> None:
     """Run the command line; every mistake in it is answered by one line and exit code 2."""
-    sys.argv[1:] = with_values(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, so that it can be said better here
     try:
+        sys.argv[1:] = with_values(sys.argv[1:])
         job()
     except JobFailed as failure:
         report_of_sweep()
