@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,9 +114,9 @@ def attention_by_hand(score: Tensor, n: int) -> Rows:
 
 
 def backtracked_by_hand(
-    attention: list[Rows], k: int, p: float, always: frozenset[int] = frozenset()
+    attention: list[Rows], k: int | Callable[[list[float]], int], p: float, always: frozenset[int] = frozenset()
 ) -> tuple[list[set[int]], list[list[float]]]:
-    """Algorithm 1: i^1 … i^{L+1}, and the importance c of layers 1 … L."""
+    """Algorithm 1: i^1 … i^{L+1}, and the importance c of layers 1 … L; k may depend on the importance of a layer."""
     required, share = {0}, {0: 1.0}
     plan, importance = [required], []
     for rows in reversed(attention):
@@ -125,7 +125,8 @@ def backtracked_by_hand(
         for j in required:
             for i in range(n):
                 column[i] += (p * share[j] * rows[j][i] + (1 - p) * rows[j][i]) / len(required)
-        best = sorted(range(n), key=lambda i, column=column: (-column[i], i))[:k]
+        count = k if isinstance(k, int) else k(column)
+        best = sorted(range(n), key=lambda i, column=column: (-column[i], i))[:count]
         required = required | set(best) | always
         total = sum(column[i] for i in required)
         share = {i: column[i] / total for i in required}
@@ -233,6 +234,38 @@ def test_back_tracking_equals_a_plain_loop_over_texts_layers_and_tokens(k_base: 
             assert [places(decision.keep[row]) for decision in plan.decisions] == [sorted(one) for one in kept]
             for decision, theirs in zip(plan.decisions, importance, strict=False):
                 assert decision.importance[row].tolist() == pytest.approx(theirs + [0] * (len(layout.alive[0]) - n))
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_k_as_a_number_of_tokens_is_the_same_for_every_text(k: int) -> None:
+    scores, layout = laid_out(32, 3)
+    plan = Backtracking(8, 3, k=float(k), k_base="tokens").plan(scores, layout)
+    for row, n in enumerate(TEXTS):
+        kept, _ = backtracked_by_hand(attentions(row), min(n, k), 0.1)
+        assert [places(decision.keep[row]) for decision in plan.decisions] == [sorted(one) for one in kept]
+
+
+@pytest.mark.parametrize("k", [0.00625, 0.3, 0.6, 1.0])
+def test_dynamic_k_counts_what_exceeds_a_share_of_the_largest_importance_within_bounds(k: float) -> None:
+    scores, layout = laid_out(32, 3)
+    plan = Backtracking(8, 3, k=k, k_base="dynamic").plan(scores, layout)
+    counts = set()
+    for row, n in enumerate(TEXTS):
+
+        def count(column: list[float], n: int = n) -> int:
+            above = sum(one > k * max(column) for one in column)
+            counts.add(above)
+            return min(max(above, math.ceil(n / 5)), math.ceil(19 * n / 20))
+
+        kept, _ = backtracked_by_hand(attentions(row), count, 0.1)
+        assert [places(decision.keep[row]) for decision in plan.decisions] == [sorted(one) for one in kept]
+    assert (counts == {0}) == (k == 1)
+
+
+@pytest.mark.parametrize(("k_base", "k"), [("padded", 0.3), ("tokens", 3.0), ("dynamic", 0.3)])
+def test_only_a_share_of_the_real_tokens_can_be_held_at_a_budget(k_base: Any, k: float) -> None:
+    assert Backtracking(8, 3, k=k, k_base=k_base).knob_ends is None
+    assert Backtracking(8, 3, k=0.3).knob_ends == (0.0, 1.0)
 
 
 def test_the_propagation_changes_what_is_planned() -> None:
@@ -452,6 +485,51 @@ def test_plan_and_logits_equal_a_plain_loop_over_the_layers_of_transformers(
         assert (outputs[0].logits - model(batch, prune=False).logits).abs().max() > 0.01
 
 
+def soft_masks(trace: PruningTrace) -> tuple[list[Tensor], Tensor]:
+    """m^1 … m^{L+1} of a relaxed pass, and the lengths of its texts."""
+    return [one.soft for one in (trace.entry, *trace.decisions)], trace.lengths
+
+
+def test_dropout_of_the_official_codes_soft_attention_comes_before_the_masks_and_the_renormalisation() -> None:
+    """softmax → dropout → · m → / Σ, row by row in double precision; the drawn zeros are those of the same seed."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 7, 8)
+    valid = torch.arange(7) < torch.tensor([7, 4])[:, None]
+    gate = torch.rand(2, 7) * valid
+    layout = Padded(Sequences(valid, valid), valid, gate, drops_first=True)
+    torch.manual_seed(1)
+    ours = layout.attend(query, key, value, 2, dropout=0.5).context
+    torch.manual_seed(1)
+    drawn = F.dropout(torch.ones(2, 2, 7, 7), 0.5)
+    assert (drawn == 0).any() and drawn.max() == 2
+    for row, h, j in product(range(2), range(2), range(7)):
+        part, n = slice(4 * h, 4 * h + 4), int(valid[row].sum())
+        scores = (key[row, :n, part].double() @ query[row, j, part].double()) / 2
+        weights = scores.softmax(0) * drawn[row, h, j, :n] * gate[row, :n]
+        expected = (weights / (weights.sum() + 1e-30)) @ value[row, :n, part].double()
+        torch.testing.assert_close(ours[row, j, part].double(), expected, atol=1e-5, rtol=0)
+    plain = replace(layout, drops_first=False).attend(query, key, value, 2).context
+    torch.testing.assert_close(layout.attend(query, key, value, 2).context, plain)
+
+
+def test_soft_masks_of_the_official_code_drop_attention_before_they_count(
+    monkeypatch: pytest.MonkeyPatch, random_classifier: Build, ragged_batch: Build
+) -> None:
+    seen: list[bool] = []
+    attend = Padded.attend
+
+    def noting(self: Padded, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.drops_first)
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(Padded, "attend", noting)
+    for relaxation, expected in (("gated", False), ("code", True)):
+        model = planned(random_classifier, "approx_concrete", relaxation=relaxation)
+        seen.clear()
+        relaxed(model, ragged_batch(model, SHORT))
+        assert seen[-LAYERS:] == [expected] * LAYERS and not any(seen[:-LAYERS])  # first come those of the ApproxNet
+
+
 def mean_mask_by_hand(masks: Rows, layers: str) -> float:
     """1/(TL) Σ_l Σ_t m_t^l of one text's m^1 … m^{L+1}: over l = 1 … L (eq. 6), or one layer later (code)."""
     total, count = 0.0, len(masks) - 1
@@ -480,7 +558,7 @@ def test_the_gradient_of_theta_equals_finite_differences_of_the_plain_loop(
     theirs, head = doubled(random_transformer()), doubled(model.head)
     batch = ragged_batch(model, SHORT, extra=1)
     output = relaxed(model, batch)
-    loss = total_of(output.logits, []) + 0.7 * mean_mask(output.trace)
+    loss = total_of(output.logits, []) + 0.7 * mean_mask(*soft_masks(output.trace))
     loss.backward()
     with torch.no_grad():
         embedded = [theirs.embeddings(input_ids=ids[None], token_type_ids=types[None]) for ids, types in rows_of(batch)]
@@ -710,11 +788,10 @@ def test_a_loaded_model_gives_identical_logits_with_identical_settings(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    settings = (
-        {"k": 0.4, "k_base": "padded"}
-        if "backtracking" in pair
-        else {"theta_init": -0.1, "temperature": 0.3, "floor": 0.1}
-    )
+    settings = {
+        "approx_backtracking": {"k": 0.4, "k_base": "padded"},
+        "exact_backtracking": {"k": 3.0, "k_base": "tokens"},
+    }.get(pair, {"theta_init": -0.1, "temperature": 0.3, "floor": 0.1})
     ours = planned(random_classifier, pair, propagation=0.3, keeps_separators=True, **settings)
     ours.pruning.retainer.knob.add_(0.07)
     card = ModelCard("tiny", "tiny", ["a", "b", "c"], 40, False, 64, "sttabt", ["accuracy"])
@@ -929,22 +1006,50 @@ def distilling(build: Build, **settings: Any) -> ApproxDistillation:
     return ApproxDistillation(model, ["accuracy"], torch.optim.AdamW, 1, None, **settings).eval()
 
 
+def test_the_official_codes_distances_count_padding_and_leave_token_types_out(
+    random_classifier: Build, ragged_batch: Build
+) -> None:
+    """Plain sums over every place of the padded batch, of the states that both networks have there."""
+    method = distilling(random_classifier, hidden="code")
+    model, net, batch = method.model, method.approx.net, ragged_batch(method.model, SHORT, extra=2)
+    assert batch.token_type_ids.any()
+    with torch.no_grad():
+        terms = method.terms(batch)
+        embeddings, layout = model.start(batch)
+        start = net.embed(batch.input_ids, batch.token_type_ids, layout)
+        untyped = net.embed(batch.input_ids, batch.token_type_ids * 0, layout)
+        large = [embeddings, *model.encoder(embeddings, layout, wants_inner=True).layer_outputs]
+        small = [start, *net(start, layout, wants_inner=True).layer_outputs]
+        hidden, places = 0.0, batch.input_ids.numel()
+        for layer in range(LAYERS):
+            for row, place in product(range(len(SHORT)), range(batch.input_ids.shape[1])):
+                gap = method.projections[layer + 1](small[layer][row, place]) - large[layer][row, place]
+                hidden += float(gap.square().sum()) / (64 * places * LAYERS)
+        embedding = float((method.projections[0](untyped) - embeddings).square().sum()) / (64 * places)
+    assert terms.parts["hidden"].item() == pytest.approx(hidden, rel=1e-4)
+    assert terms.parts["embedding"].item() == pytest.approx(embedding, rel=1e-4)
+
+
 @pytest.mark.parametrize("prediction", ["paper", "code"])
 @pytest.mark.parametrize("hidden", ["paper", "code"])
 def test_every_loss_of_the_distillation_equals_a_plain_loop(
     hidden: str, prediction: str, random_transformer: Build, random_classifier: Build, ragged_batch: Build
 ) -> None:
-    """The teacher's inner life is that of transformers; both run one text at a time, without padding."""
+    """The teacher's inner life is that of transformers; both run one text at a time, without padding.
+
+    The official code's distances count padding, so its texts are of one length.
+    """
+    sizes, extra = ([9, 9, 9], 0) if hidden == "code" else (SHORT, 2)
     method = distilling(random_classifier, hidden=hidden, prediction=prediction)
     theirs = copy.deepcopy(random_transformer())
     theirs.set_attn_implementation("eager")
     model, net = method.model, method.approx.net
-    batch = ragged_batch(model, SHORT, extra=2)
+    batch = ragged_batch(model, sizes, extra=extra)
     expected = dict.fromkeys(("attention", "hidden", "embedding", "prediction"), 0.0)
-    tokens = sum(SHORT)
+    tokens = sum(sizes)
     with torch.no_grad():
         terms = method.terms(batch)
-        for seed, n in enumerate(SHORT):
+        for seed, n in enumerate(sizes):
             alone = ragged_batch(model, [n], seeds=[seed])
             large = theirs(
                 input_ids=alone.input_ids,
@@ -963,15 +1068,16 @@ def test_every_loss_of_the_distillation_equals_a_plain_loop(
                         a = large.attentions[number][0, h, j].double()
                         b = small.scores[number][0, h, j].double().softmax(0)
                         expected["attention"] += float((a * (a.log() - b.log())).sum()) / (
-                            HEADS * n * LAYERS * len(SHORT)
+                            HEADS * n * LAYERS * len(sizes)
                         )
                 at = number + (hidden == "paper")
                 gap = method.projections[number + 1](states[at]) - large.hidden_states[at]
                 expected["hidden"] += float(gap.square().sum()) / (64 * tokens * LAYERS)
-            gap = method.projections[0](start) - large.hidden_states[0]
+            types = alone.token_type_ids * (hidden == "paper")
+            gap = method.projections[0](net.embed(alone.input_ids, types, layout)) - large.hidden_states[0]
             expected["embedding"] += float(gap.square().sum()) / (64 * tokens)
             answers = (method.small_head(small.first), model.head(large.hidden_states[-1][:, 0]))
-            expected["prediction"] += prediction_by_hand(*(one[0].tolist() for one in answers), prediction) / len(SHORT)
+            expected["prediction"] += prediction_by_hand(*(one[0].tolist() for one in answers), prediction) / len(sizes)
     assert {name: value.item() for name, value in terms.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert terms.total.item() == pytest.approx(sum(expected.values()), rel=1e-4)
 
@@ -1319,6 +1425,18 @@ def test_the_distillation_warms_up_as_the_other_stages_do(random_classifier: Bui
     assert [stage.module.warmup_fraction for stage in method.stages()] == [0.3] * 3
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_rate_falls_or_stays_after_the_warm_up_in_every_stage_but_the_teachers(
+    schedule: Any, data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    method = tiny_sttabt(tiny_tokenizer, schedule=schedule)
+    for stage in method.stages():
+        run_stages(method, data, tmp_path, until=stage.name)
+        for group in stage.module.trainer.optimizers[0].param_groups:
+            stays = schedule == "constant" and stage.name != "teacher"
+            assert group["lr"] == (group["initial_lr"] if stays else pytest.approx(0, abs=1e-4))
+
+
 def test_a_shorter_distillation_is_not_taken_for_the_whole_one(
     trained: list[str], data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -1425,7 +1543,7 @@ def test_the_loss_of_the_soft_stage_is_eq_6(layers: Any, data: TaskData, random_
     mask = (mean - 1 / (1 + math.exp(0.4))) ** 2
     assert terms.total.item() == pytest.approx(cross_entropy + 0.3 * theta + 11.0 * mask, rel=1e-5)
     assert terms.parts["mask"].item() == pytest.approx(mask, rel=1e-4) and mask > 0.001
-    assert mean_mask(output.trace, layers).item() == pytest.approx(mean, rel=1e-5)
+    assert mean_mask(*soft_masks(output.trace), layers).item() == pytest.approx(mean, rel=1e-5)
 
 
 def test_every_theta_has_its_mask_in_eq_6_and_in_the_official_codes_mean_all_but_the_first(
@@ -1435,10 +1553,47 @@ def test_every_theta_has_its_mask_in_eq_6_and_in_the_official_codes_mean_all_but
     gradients = {}
     for layers in ("paper", "code"):
         model.pruning.retainer.theta.grad = None
-        mean_mask(relaxed(model, ragged_batch(model, LENGTHS)).trace, layers).backward()
+        mean_mask(*soft_masks(relaxed(model, ragged_batch(model, LENGTHS)).trace), layers).backward()
         gradients[layers] = model.pruning.retainer.theta.grad.abs().tolist()
     assert min(gradients["paper"]) > 1e-4
     assert gradients["code"][0] == 0 and min(gradients["code"][1:]) > 1e-4
+
+
+@pytest.mark.parametrize("layers", ["paper", "code"])
+def test_the_regularisers_go_on_under_the_hard_plan_where_that_is_asked_for_and_move_theta_alone(
+    layers: Any, data: TaskData, random_classifier: Build
+) -> None:
+    loss = STTABTLoss(lam_theta=0.3, lam_mask=11.0, mask_layers=layers)
+    method = random_sttabt(random_classifier, loss, regularises_hard=True)
+    batch = data.train.collate([3, 11, 40, 117])
+    terms, output = method.terms(batch), method.model(batch)
+    plan, lengths = soft_masks(relaxed(method.model, batch).trace)
+    by_text = [[mask[row, :n].tolist() for mask in plan] for row, n in enumerate(lengths.tolist())]
+    mask = (sum(mean_mask_by_hand(one, layers) for one in by_text) / 4 - 1 / (1 + math.exp(0.4))) ** 2
+    theta = sum((one + 0.4) ** 2 for one in THETAS[-2:])
+    cross_entropy = F.cross_entropy(output.logits, batch.labels).item()
+    assert output.trace.retention.mean() < 0.9  # hard masks, not soft ones, are in the task's loss
+    assert terms.parts["cross_entropy"].item() == pytest.approx(cross_entropy, rel=1e-5)
+    assert terms.total.item() == pytest.approx(cross_entropy + 0.3 * theta + 11.0 * mask, rel=1e-5)
+    encoder, theta_of = method.model.encoder, method.retainer.theta
+    (terms.total - terms.parts["cross_entropy"]).backward(retain_graph=True)
+    assert theta_of.grad.abs().min() > 1e-4 and all(
+        one.grad is None or not one.grad.any() for one in encoder.parameters()
+    )
+    theta_of.grad = None
+    terms.parts["cross_entropy"].backward()
+    assert theta_of.grad is None and encoder.layers[0].value.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("regularises", [False, True])
+def test_theta_moves_in_the_hard_stage_only_where_the_regularisers_go_on(
+    regularises: bool, data: TaskData, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    method = tiny_sttabt(tiny_tokenizer, approx_epochs=1, regularises_hard=regularises)
+    run_stages(method, data, tmp_path, until="soft")
+    before = method.retainer.theta.detach().clone()
+    run_stages(method, data, tmp_path)
+    assert torch.equal(method.retainer.theta, before) != regularises
 
 
 def test_with_a_budget_the_squared_distance_from_it_takes_the_place_of_the_masks_term(
@@ -1499,7 +1654,12 @@ def test_the_stages_are_named_in_order(random_classifier: Build) -> None:
     ("build", "message"),
     [
         (partial(Backtracking, 8, 4, k=0.0), r"retainer\.k=0\.0 must be above 0 and at most 1"),
-        (partial(Backtracking, 8, 4, k=1.5), r"retainer\.k=1\.5 must be above 0 and at most 1"),
+        (partial(Backtracking, 8, 4, k=1.5), r"retainer\.k=1\.5 must be above 0 and at most 1; k_base=tokens makes it"),
+        (partial(Backtracking, 8, 4, k=2.5, k_base="tokens"), r"retainer\.k=2\.5 with k_base=tokens is a number of"),
+        (
+            partial(Backtracking, 8, 4, k=0.0, k_base="tokens"),
+            r"retainer\.k=0\.0 with k_base=tokens is a number of tokens",
+        ),
         (partial(Backtracking, 8, 4, propagation=1.5), r"retainer\.propagation=1\.5 must lie between 0 and 1"),
         (partial(Concrete, 8, 4, propagation=-0.1), r"retainer\.propagation=-0\.1 must lie between 0 and 1"),
         (partial(Concrete, 8, 4, temperature=0.0), r"retainer\.temperature=0\.0 must be above 0"),
@@ -1567,10 +1727,18 @@ FIT = "scorer=approx_attention and exact_attention go with retainer=backtracking
         (["+method=sttabt", "scorer.initialisation=no"], "scorer.initialisation=no: must be random or interpolated"),
         (["+method=sttabt", "method.approx_hidden=both"], "method.approx_hidden=both: must be paper or code"),
         (["+method=sttabt", "method.approx_prediction=mse"], "method.approx_prediction=mse: must be paper or code"),
+        (["+method=sttabt", "method.schedule=cosine"], "method.schedule=cosine: must be linear or constant"),
+        *(
+            (
+                ["+method=sttabt", "method.regularises_hard=true", other],
+                "method.regularises_hard=true moves θ under a hard plan: it needs retainer=concrete, and no budget",
+            )
+            for other in ("retainer=backtracking", "budget=0.5")
+        ),
         (["+method=sttabt", "loss.mask_layers=all"], "loss.mask_layers=all: must be paper or code"),
         (
             ["+method=sttabt", "retainer=backtracking", "retainer.k_base=all"],
-            "retainer.k_base=all: must be valid or padded",
+            "retainer.k_base=all: must be valid, padded, tokens or dynamic",
         ),
         (
             ["+method=sttabt", "retainer=backtracking", "method.trains_approx=true"],
@@ -1581,10 +1749,12 @@ FIT = "scorer=approx_attention and exact_attention go with retainer=backtracking
             "method.trains_approx=true trains an ApproxNet, and scorer=exact_attention has none: choose "
             "approx_attention",
         ),
-        (
-            ["+method=sttabt", "retainer=backtracking", "retainer.k_base=padded", "budget=0.5"],
-            "with retainer.k_base=padded the cost of a text depends on its batch, so no budget is exact: set it "
-            "to valid",
+        *(
+            (
+                ["+method=sttabt", "retainer=backtracking", f"retainer.k_base={k_base}", "budget=0.5"],
+                "a budget is met by k as a share of the real tokens: set retainer.k_base=valid, or no budget",
+            )
+            for k_base in ("padded", "dynamic")
         ),
         (["+method=sttabt", "scorer=exact_attention", "+text=wikitext2"], NO_TEXT),
         (["+method=ltp", "+text=wikitext2"], NO_TEXT),

@@ -624,8 +624,14 @@ IMPOSSIBLE_PAIRS: list[tuple[Callable[[_Choices], bool], str]] = [
         "method.trains_approx=true trains an ApproxNet, and scorer=exact_attention has none: choose approx_attention",
     ),
     (
-        lambda of: of("retainer.k_base") == "padded" and of("budget") is not None,
-        "with retainer.k_base=padded the cost of a text depends on its batch, so no budget is exact: set it to valid",
+        lambda of: (
+            bool(of("method.regularises_hard")) and (of.kind("retainer") != "Concrete" or of("budget") is not None)
+        ),
+        "method.regularises_hard=true moves θ under a hard plan: it needs retainer=concrete, and no budget",
+    ),
+    (
+        lambda of: of("retainer.k_base") not in (None, "valid") and of("budget") is not None,
+        "a budget is met by k as a share of the real tokens: set retainer.k_base=valid, or no budget",
     ),
     *(
         (

@@ -169,16 +169,16 @@ def token_penalty(trace: PruningTrace, penalty: str = "paper") -> Float[Tensor, 
     return tokens / (len(trace.layers) if penalty == "paper" else CODE_LENGTH)
 
 
-def mean_mask(trace: PruningTrace, layers: str = "paper") -> Float[Tensor, ""]:
-    """Compute mean_B 1/L Σ_{l=1…L} Σ_t m_t^l / n of the soft masks of a plan, over the real tokens (STTABT, eq. 6).
+def mean_mask(
+    masks: list[Float[Tensor, "batch tokens"]], lengths: Int[Tensor, " batch"], layers: str = "paper"
+) -> Float[Tensor, ""]:
+    """Compute mean_B 1/L Σ_{l=1…L} Σ_t m_t^l / n of soft masks m^1 … m^{L+1}, over the n real tokens (STTABT, eq. 6).
 
     `code` is the official code's m^2 … m^{L+1}: without what enters the first layer, and with the last mask, which is
     [CLS] alone whatever θ is.
     """
-    assert trace.entry is not None
-    masks = [one.soft for one in (trace.entry, *trace.decisions) if one.soft is not None]
     counted = masks[:-1] if layers == "paper" else masks[1:]
-    return torch.stack([mask.sum(1) / trace.lengths for mask in counted]).mean()
+    return torch.stack([mask.sum(1) / lengths for mask in counted]).mean()
 
 
 def mass_by_ratio(

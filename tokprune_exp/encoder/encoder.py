@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokprune_exp.encoder.layout import Attended, Layout, Wants
+from tokprune_exp.encoder.layout import Attended, Layout, Padded, Wants
 from tokprune_exp.encoder.trace import Decision, LayerTrace, Place, PruningTrace
 
 
@@ -155,7 +155,7 @@ def softened(layer: EncoderLayer, keys: Float[Tensor, "*tokens"], outputs: Float
     """Return the layer, with its weights, under soft masks as STTABT's official code has them.
 
     Keys and values are multiplied by m^l; queries, attention output and both maps of the feed-forward block by m^{l+1};
-    the residual stream is not. That attention weights count m^l is the layout's part, its gate.
+    the residual stream is not. That attention weights, after dropout, count m^l is the layout's part, its gate.
     """
     soft = EncoderLayer.__new__(EncoderLayer)
     nn.Module.__init__(soft)
@@ -264,6 +264,8 @@ class PrunedEncoder(nn.Module):
                     before = trace.decisions[-1] if number else trace.entry
                     assert before is not None and before.soft is not None and decision.soft is not None
                     layer = softened(layer, layout.take(before.soft), layout.take(decision.soft))
+                    assert isinstance(layout, Padded)  # soft masks drop nothing
+                    keys = replace(layout, drops_first=True)
             decides_after = pruning is not None and pruning.decides(number, "after")
             attended = layer.attend(asking, hidden, keys, queries, Wants(decides_after, wants_inner))
             hidden, layout, context = asking, queries, attended.context

@@ -59,6 +59,8 @@ def at_least_float32(tensor: Shaped[Tensor, "*any"]) -> torch.dtype:
 GATE_CEILING = 20.0
 """How far a dropped token's score may stand above all alive ones in gated attention, so that exp and the gate's
 gradient stay finite. It touches dropped tokens only, so no value."""
+SMALLEST_SUM = 1e-30
+"""What a row of attention of which dropout has left nothing is divided by."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,14 @@ class Padded:
 
     `gate`, if any, says how much of every token is there: attention weights are exp(score)·gate, renormalised, as in
     DynamicViT, and a row counts gate towards what is received. It may equal `alive` in value and carry a gradient to
-    every token (straight-through).
+    every token (straight-through). Dropout comes after that, or, where `drops_first`, before the gate and the
+    renormalisation: then what is left of a row still sums to 1.
     """
 
     sequences: Sequences
     alive: Bool[Tensor, "batch tokens"]
     gate: Float[Tensor, "batch tokens"] | None = None
+    drops_first: bool = False
 
     @classmethod
     def start(cls, sequences: Sequences) -> "Padded":
@@ -153,7 +157,9 @@ class Padded:
             relative = scores.to(at_least_float32(scores)) - peak
             relative = relative.masked_fill(~self.sequences.valid[:, None, None, :], float("-inf"))
             gated = relative.clamp(max=GATE_CEILING).exp() * self.gate[:, None, None, :]
-            weights = gated / gated.sum(-1, keepdim=True)
+            if self.drops_first:
+                gated, dropout = F.dropout(gated, dropout), 0.0
+            weights = gated / gated.sum(-1, keepdim=True).clamp(min=SMALLEST_SUM)
         asking = self if queries is None else queries
         there = asking.alive if not isinstance(asking, Padded) or asking.gate is None else asking.gate
         received = self.to_grid((weights.mean(1) * there[:, :, None]).sum(1)) if wants.received else None

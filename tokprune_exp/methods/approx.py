@@ -7,9 +7,10 @@
     L       their sum
 
 On texts without labels (`+text=wikitext2`) the teacher is the pretrained encoder, and L_pred is left out. The
-projections W and a head of its own are used in training only. As the official code does, `hidden: code` compares
-h^0 … h^{L−1} instead (off by one), and `prediction: code` takes mean (softmax ẑ − softmax z)² for L_pred; of scores
-(regression) both are mean (ẑ − z)². The epoch with the smallest KL on the selection slice counts.
+projections W and a head of its own are used in training only. The means are over the real tokens. As the official code
+does, `hidden: code` compares h^0 … h^{L−1} (off by one), takes ê without token types, and counts padding in both means;
+`prediction: code` takes mean (softmax ẑ − softmax z)² for L_pred; of scores (regression) both are mean (ẑ − z)². The
+epoch with the smallest KL on the selection slice counts.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from tokprune_exp.methods.module import PruningModule, Stage, Terms
 from tokprune_exp.model import PrunedClassifier, without_dropout
 from tokprune_exp.pruning.scorers import ApproxAttention
 
-VERSION = 2
+VERSION = 3
 """Raised when a cached ApproxNet would no longer be the one that is trained now."""
 
 
@@ -56,9 +57,10 @@ class ApproxDistillation(PruningModule):
         hidden: Literal["paper", "code"] = "paper",
         prediction: Literal["paper", "code"] | None = "paper",
         warmup_fraction: float = 0.1,
+        schedule: Literal["linear", "constant"] = "linear",
     ) -> None:
         super().__init__(model, metrics, optimizer, epochs, warmup_fraction)
-        self.patience, self.hidden, self.prediction = patience, hidden, prediction
+        self.patience, self.hidden, self.prediction, self.schedule = patience, hidden, prediction, schedule
         large, small = model.encoder.shape, self.approx.net.shape
         self.projections = nn.ModuleList(nn.Linear(small.dim, large.dim) for _ in range(large.layers + 1))
         self.small_head = Head(small.dim, model.head.classifier.out_features)
@@ -111,6 +113,7 @@ class ApproxDistillation(PruningModule):
                 "batch_size": data.settings.batch_size,
                 "optimizer": str(self.build_optimizer),
                 "warmup_fraction": self.warmup_fraction,
+                "schedule": self.schedule,
             },
         )
         return data.cache / "approxnets" / f"{key}.safetensors", self.approx.net
@@ -126,16 +129,19 @@ class ApproxDistillation(PruningModule):
         small_embeddings = net.embed(batch.input_ids, batch.token_type_ids, layout)
         small = net(small_embeddings, layout, wants_inner=True)
 
-        first, last = (0, -1) if self.hidden == "code" else (1, None)
+        is_code = self.hidden == "code"
+        first, last = (0, -1) if is_code else (1, None)
+        counted = torch.ones_like(valid) if is_code else valid
+        own = net.embed(batch.input_ids, torch.zeros_like(batch.input_ids), layout) if is_code else small_embeddings
         theirs = [embeddings, *large.layer_outputs][first:last]
         ours = [small_embeddings, *small.layer_outputs][first:last]
         pairs = zip(self.projections[1:], ours, theirs, strict=True)
-        distances = [masked_mean_square(project(one) - other, valid) for project, one, other in pairs]
+        distances = [masked_mean_square(project(one) - other, counted) for project, one, other in pairs]
         kl = [attention_kl(a, b, valid).mean() for a, b in zip(large.scores, small.scores, strict=True)]
         parts = {
             "attention": torch.stack(kl).mean(),
             "hidden": torch.stack(distances).mean(),
-            "embedding": masked_mean_square(self.projections[0](small_embeddings) - embeddings, valid),
+            "embedding": masked_mean_square(self.projections[0](own) - embeddings, counted),
         }
         if self.prediction is not None:
             guess = self.small_head(small.first).float()
@@ -202,10 +208,10 @@ def attention_mse(
 
 
 def masked_mean_square(
-    difference: Float[Tensor, "batch tokens dim"], valid: Bool[Tensor, "batch tokens"]
+    difference: Float[Tensor, "batch tokens dim"], counted: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, ""]:
-    """Compute the mean square over the real tokens."""
-    return difference.float()[valid].square().mean()
+    """Compute the mean square over the tokens that count."""
+    return difference.float()[counted].square().mean()
 
 
 def prediction_distance(

@@ -52,10 +52,12 @@ class PruningModule(LightningModule):
     """Trains one classifier; a method says with which loss, in which stages.
 
     `optimizer` builds the optimizer from parameter groups. The learning rate rises over the first `warmup_fraction` of
-    the steps and then falls linearly to 0. Parameters of scorer and retainer use `pruner_lr`.
+    the steps and then falls linearly to 0, or stays (`schedule: constant`). Parameters of scorer and retainer use
+    `pruner_lr`.
     """
 
     fewest_epochs: ClassVar[int] = 1
+    schedule: Literal["linear", "constant"] = "linear"
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class PruningModule(LightningModule):
         return self.pruner_lr if name.startswith("pruning.") else None
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Build parameter groups (no decay for biases and norms, own rate for the pruning) and the linear schedule."""
+        """Build parameter groups (no decay for biases and norms, own rate for the pruning) and the schedule."""
         groups: dict[tuple[float | None, bool], list[Tensor]] = {}
         for name, parameter in self.trained_parameters():
             if parameter.requires_grad:
@@ -170,6 +172,8 @@ class PruningModule(LightningModule):
         warmup = max(1, round(self.warmup_fraction * steps))
 
         def rate(step: int) -> float:
-            return (step + 1) / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+            if step < warmup:
+                return (step + 1) / warmup
+            return 1.0 if self.schedule == "constant" else max(0.0, (steps - step) / max(1, steps - warmup))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}}

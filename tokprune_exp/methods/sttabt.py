@@ -14,6 +14,9 @@ needs no training of the model (`method.epochs=0`); a number of epochs fine-tune
 `scorer=exact_attention` plans from the attention of the unpruned model itself: the reference, at a whole pass's cost.
 With a `budget`, μ·(soft cost − budget)² takes the place of the second regulariser, and the knob (k, or a shift of θ)
 holds the cost. The ApproxNet's own cost is in it.
+
+In the hard stage L is L_CE alone and θ is fixed. `regularises_hard` adds the two regularisers, on the soft masks, which
+then move θ without regard to the task, as the official code does in its last epoch.
 """
 
 from collections.abc import Callable
@@ -22,12 +25,15 @@ from functools import partial
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tokprune_exp import losses
 from tokprune_exp.data.batch import Batch
 from tokprune_exp.data.module import TaskData
 from tokprune_exp.encoder.encoder import PrunedEncoder
+from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.losses import STTABTLoss
 from tokprune_exp.methods.approx import ApproxDistillation
 from tokprune_exp.methods.budget import soft_cost_share
@@ -35,7 +41,7 @@ from tokprune_exp.methods.finetune import Finetune
 from tokprune_exp.methods.hard import HardPruning
 from tokprune_exp.methods.module import Stage, Terms
 from tokprune_exp.model import PrunedClassifier
-from tokprune_exp.pruning.retainers import Concrete, Planner
+from tokprune_exp.pruning.retainers import Concrete, Plan, Planner
 from tokprune_exp.pruning.scorers import ApproxAttention
 
 
@@ -60,6 +66,8 @@ class STTABT(HardPruning):
         approx_hidden: Literal["paper", "code"] = "paper",
         approx_prediction: Literal["paper", "code"] = "paper",
         trains_approx: bool = False,
+        regularises_hard: bool = False,
+        schedule: Literal["linear", "constant"] = "linear",
         soft_epochs: int = 2,
         epochs: int = 1,
         warmup_fraction: float = 0.1,
@@ -88,8 +96,9 @@ class STTABT(HardPruning):
         ):
             if value is not None and value < least:
                 raise ValueError(f"method.{name}={value} must be at least {least}")
-        self.loss, self.soft_epochs = loss, soft_epochs
+        self.loss, self.soft_epochs, self.schedule = loss, soft_epochs, schedule
         self.trains_approx, self.approx_lr = trains_approx, approx_lr
+        self.regularises_hard = regularises_hard
         self.learns_theta = False
         self.distillation: tuple[ApproxDistillation, ...] = ()
         self.text_stage: list[Stage] = []
@@ -101,6 +110,7 @@ class STTABT(HardPruning):
                 partial(optimizer, lr=approx_lr),
                 hidden=approx_hidden,
                 warmup_fraction=warmup_fraction,
+                schedule=schedule,
             )
             self.distillation = (distil(approx_epochs, approx_patience, prediction=approx_prediction),)
             if text is not None:
@@ -158,12 +168,12 @@ class STTABT(HardPruning):
         self.learns_theta = True
 
     def prune_hard(self, data: TaskData, device: torch.device) -> None:
-        """From now on the plan is hard, and no gradient reaches what makes it."""
+        """From now on the plan is hard, and no gradient of the task's loss reaches what makes it."""
         if not self.distillation and not isinstance(self.retainer, Concrete):  # no stage before this one
             self.start_from_teacher()
         self.take_over_approx(data, device)
         self.scorer.requires_grad_(False)
-        self.retainer.requires_grad_(False)
+        self.retainer.requires_grad_(self.regularises_hard)
         self.learns_theta = False
         self.aim_at_budget(data, device)
 
@@ -185,20 +195,44 @@ class STTABT(HardPruning):
     def terms(self, batch: Batch) -> Terms:
         """Compute eq. 6 in the soft stage, the task loss under the plan in the hard one."""
         if not self.learns_theta:
-            return super().terms(batch)
+            return self.regularised(super().terms(batch), batch) if self.regularises_hard else super().terms(batch)
         assert isinstance(self.retainer, Concrete)
         with self.retainer.relaxed():
             output = self.model(batch)
-        retainer = self.retainer
         parts = {"cross_entropy": losses.task_loss(output.logits.float(), batch.labels).mean()}
         parts["soft_share"] = soft_cost_share(self.model, output.trace)
-        parts["theta"] = (retainer.theta - retainer.theta_init).square().sum()
+        parts["theta"] = self.distance_of_theta()
         total = parts["cross_entropy"] + self.loss.lam_theta * parts["theta"]
         if self.budget is None:
-            wanted = torch.tensor(retainer.theta_init).sigmoid().item()
-            parts["mask"] = (losses.mean_mask(output.trace, self.loss.mask_layers) - wanted).square()
+            assert output.trace.entry is not None
+            parts["mask"] = self.distance_of_masks([output.trace.entry, *output.trace.decisions], batch)
             total = total + self.loss.lam_mask * parts["mask"]
         else:
             parts["budget"] = (parts["soft_share"] - self.budget).square()
             total = total + self.loss.budget_weight * parts["budget"]
         return Terms(total, parts)
+
+    def regularised(self, terms: Terms, batch: Batch) -> Terms:
+        """Add the two regularisers of eq. 6, on the soft masks of a plan that nothing runs by."""
+        pruning = self.model.pruning
+        assert pruning is not None and isinstance(self.retainer, Concrete)
+        with torch.no_grad():
+            embeddings, layout = self.model.start(batch)
+        with self.retainer.relaxed():
+            plan = pruning.rule(self.model.encoder, embeddings, layout)
+        assert isinstance(plan, Plan)
+        parts = {"theta": self.distance_of_theta(), "mask": self.distance_of_masks(plan.decisions, batch)}
+        total = terms.total + self.loss.lam_theta * parts["theta"] + self.loss.lam_mask * parts["mask"]
+        return Terms(total, {**terms.parts, **parts})
+
+    def distance_of_theta(self) -> Float[Tensor, ""]:
+        """Compute Σ_l (θ^l − θ_init)²."""
+        assert isinstance(self.retainer, Concrete)
+        return (self.retainer.theta - self.retainer.theta_init).square().sum()
+
+    def distance_of_masks(self, plan: list[Decision], batch: Batch) -> Float[Tensor, ""]:
+        """Compute (mean_l mean_t m_t^l − p_init)²."""
+        assert isinstance(self.retainer, Concrete)
+        wanted = torch.tensor(self.retainer.theta_init).sigmoid().item()
+        masks = [one.soft for one in plan if one.soft is not None]
+        return (losses.mean_mask(masks, batch.valid.sum(1), self.loss.mask_layers) - wanted).square()

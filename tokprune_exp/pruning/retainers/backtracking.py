@@ -13,7 +13,7 @@ The official code finds the union of one sequence at a time; here boolean masks 
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokprune_exp.encoder.layout import Layout
@@ -21,15 +21,21 @@ from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.pruning.retainers.base import Plan, Planner
 from tokprune_exp.pruning.selection import kept_count, ranks
 
+DYNAMIC_BOUNDS = (0.2, 0.95)
+"""Least and largest share of the tokens that `dynamic` keeps, as in the official code."""
+
 
 class Backtracking(Planner):
-    """Attention back-tracking with a fixed k per layer; the knob is k.
+    """Attention back-tracking with one k for every layer; the knob is k.
 
-    `k` is a share of the real tokens (`k_base: valid`), or, as in the official code, of the longest text of the batch
-    (`padded`: then a text's answer depends on the batch it stands in, and no budget is exact).
+    `k_base` says what k is: a share of the real tokens (`valid`), or, as the official code has it,
+
+    * `padded`: a share of the longest text of the batch, so that a text's answer depends on the batch it stands in;
+    * `tokens`: a number of tokens;
+    * `dynamic`: a share of the largest importance, above which a token is one of the k, within `DYNAMIC_BOUNDS`.
+
+    Only a share of the real tokens can be held at a budget.
     """
-
-    knob_ends = (0.0, 1.0)
 
     def __init__(
         self,
@@ -37,17 +43,20 @@ class Backtracking(Planner):
         layers: int,
         k: float = 0.4,
         propagation: float = 0.1,
-        k_base: Literal["valid", "padded"] = "valid",
+        k_base: Literal["valid", "padded", "tokens", "dynamic"] = "valid",
         keeps_separators: bool = False,
     ) -> None:
         super().__init__(dim, layers, keeps_separators)
-        if not 0 < k <= 1:
-            raise ValueError(f"retainer.k={k} must be above 0 and at most 1")
+        if k_base not in ("valid", "padded", "tokens", "dynamic"):
+            raise ValueError(f"retainer.k_base={k_base}: valid, padded, tokens or dynamic")
+        if k_base == "tokens" and (k < 1 or k != int(k)):
+            raise ValueError(f"retainer.k={k} with k_base=tokens is a number of tokens: a whole one, at least 1")
+        if k_base != "tokens" and not 0 < k <= 1:
+            raise ValueError(f"retainer.k={k} must be above 0 and at most 1; k_base=tokens makes it a number of tokens")
         if not 0 <= propagation <= 1:
             raise ValueError(f"retainer.propagation={propagation} must lie between 0 and 1")
-        if k_base not in ("valid", "padded"):
-            raise ValueError(f"retainer.k_base={k_base}: valid or padded")
         self.k, self.propagation, self.k_base = k, propagation, k_base
+        self.knob_ends = (0.0, 1.0) if k_base == "valid" else None
         self.has_knob(k)
 
     def plan(self, scores: list[Float[Tensor, "batch heads grid grid"]], layout: Layout) -> Plan:
@@ -72,8 +81,24 @@ class Backtracking(Planner):
         self, importance: Float[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"]
     ) -> Bool[Tensor, "batch tokens"]:
         """Return the k most important of the real tokens."""
-        base = valid.sum(1) if self.k_base == "valid" else torch.full_like(valid.sum(1), valid.shape[1])
-        return valid & (ranks(importance, valid) < kept_count(self.knob, base)[:, None])
+        return valid & (ranks(importance, valid) < self.count(importance, valid)[:, None])
+
+    def count(
+        self, importance: Float[Tensor, "batch tokens"], valid: Bool[Tensor, "batch tokens"]
+    ) -> Int[Tensor, " batch"]:
+        """Return k of every text, as a number of tokens."""
+        size = valid.sum(1)
+        match self.k_base:
+            case "valid":
+                return kept_count(self.knob, size)
+            case "padded":
+                return kept_count(self.knob, torch.full_like(size, valid.shape[1]))
+            case "tokens":
+                return self.knob.long().expand_as(size)
+            case "dynamic":
+                least, most = (kept_count(share, size) for share in DYNAMIC_BOUNDS)
+                above = importance > self.knob * importance.amax(1, keepdim=True)
+                return (above & valid).sum(1).clamp(least, most)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor arguments besides `dim` and `layers`."""

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,8 +25,8 @@ class Retainer(nn.Module, ABC):
     from the cheapest end to the dearest without another training (`methods/budget.py`).
     """
 
-    knob_ends: ClassVar[tuple[float, float] | None] = None
-    """The knob at the fewest tokens and at the most."""
+    knob_ends: tuple[float, float] | None = None
+    """The knob at the fewest tokens and at the most; None: no budget can be met."""
 
     knob: Tensor
 
