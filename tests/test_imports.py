@@ -23,7 +23,7 @@ FLOORS = [
         "kernels",
     ],
     ["config", "sweep", "pruning", "head", "attribution", "losses"],
-    ["model"],
+    ["model", "planning"],
     ["data", "measure"],
     ["methods"],
     ["tracking", "stages", "measure.report"],

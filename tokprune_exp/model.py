@@ -27,6 +27,7 @@ from tokprune_exp.encoder.layout import LAYOUTS, Layout, Sequences
 from tokprune_exp.encoder.trace import PruningTrace
 from tokprune_exp.errors import UserError
 from tokprune_exp.head import Head
+from tokprune_exp.planning import with_fast_plan
 from tokprune_exp.pruning.pruning import RETAINERS, SCORERS, Pruning
 from tokprune_exp.pruning.retainers import RatioRetainer
 
@@ -98,7 +99,7 @@ class PrunedClassifier(nn.Module):
         ready = copy(self)
         ready._modules = dict(self._modules)
         ready.encoder, ready.head = fast_encoder(self.encoder, precision), with_fast_linears(self.head)
-        ready.pruning = None if self.pruning is None else with_fast_linears(self.pruning)
+        ready.pruning = None if self.pruning is None else with_fast_plan(with_fast_linears(self.pruning))
         return ready.eval()
 
     def padding_embeddings(self, batch: Batch) -> Float[Tensor, "batch tokens dim"]:

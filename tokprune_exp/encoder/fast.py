@@ -24,6 +24,7 @@ from tokprune_exp.encoder.trace import Decision
 from tokprune_exp.kernels.attention import attention_for
 from tokprune_exp.kernels.linear import product_of, rows_to_compute
 from tokprune_exp.kernels.panels import PanelBlock, PanelProduct
+from tokprune_exp.kernels.plan import compiled_plan
 from tokprune_exp.kernels.selection import compiled_selection
 
 Precision = Literal["fp32", "bf16"]
@@ -72,6 +73,11 @@ class FastLayer(EncoderLayer):
             asked, keys, values = query[: len(asking)].float(), key[: len(hidden)].float(), value[: len(hidden)].float()
             if queries is not layout or wants.received:
                 return layout.attend(asked, keys, values, self.heads, wants=wants, queries=queries)
+            plan = compiled_plan() if asked.is_cpu and asked.stride() == keys.stride() else None
+            if plan is not None:
+                scores, context = plan.attend(asked, keys, values, layout.starts, self.heads, layout.alive.shape[1])
+                assert context is not None
+                return Attended(context, scores=scores)
             scores = scores_on_grid(asked, keys, layout, self.heads)
             mixed = scores.softmax(-1) @ on_grid(values, layout, self.heads)
             return Attended(layout.take(mixed.transpose(1, 2).flatten(2)), scores=scores)
@@ -109,7 +115,10 @@ class FastLayer(EncoderLayer):
         rows = self.filled_up(hidden.to(self.dtype))
         used = len(hidden)
         query, key, _ = self.ask_and_answer(rows)[:used].split(self.dim, dim=1)
-        return scores_on_grid(query.float(), key.float(), _packed(layout), self.heads)
+        layout, plan = _packed(layout), compiled_plan() if query.is_cpu else None
+        if plan is not None:
+            return plan.attend(query.float(), key.float(), None, layout.starts, self.heads, layout.alive.shape[1])[0]
+        return scores_on_grid(query.float(), key.float(), layout, self.heads)
 
     def finish(
         self, hidden: Float[Tensor, "total dim"], context: Float[Tensor, "total dim"]

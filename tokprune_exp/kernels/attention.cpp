@@ -12,14 +12,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "functions.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int PAIR = 2 * W;
 constexpr float FAR_BELOW = -1e30f;  // the score of a key that is not there
-
-typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 inline float widen(float value) { return value; }
 inline float widen(uint16_t value) {  // bfloat16 is the upper half of a float
@@ -33,20 +32,6 @@ inline void narrow(float value, uint16_t* to) {  // to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     *to = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// e^x for x <= 0: x = n ln 2 + r, a Taylor polynomial for e^r, and n added to the exponent's bits.
-inline Vec exponential(Vec x) {
-    const Vec lowest = fill(-87.0f);
-    x = x > lowest ? x : lowest;
-    const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
-    const Vec shifted = x * 1.44269504f + magic;
-    const Vec n = shifted - magic;
-    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec e = fill(1.0f / 5040.0f);
-    for (float factor : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) e = e * r + factor;
-    Ints bits = reinterpret_cast<const Ints&>(e) + (reinterpret_cast<const Ints&>(shifted) << 23);
-    return reinterpret_cast<const Vec&>(bits);
 }
 
 struct Scratch {  // of one head: keys by number, then by token; the others by token, and weights by query

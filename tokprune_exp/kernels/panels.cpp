@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "functions.h"
 #include "vectors.h"
 
 namespace {
@@ -30,18 +31,7 @@ struct Block {
     Norm attended, output;
 };
 
-// x times the normal distribution's share below x, which is 1/2 + x P(x^2) / Q(x^2) fitted by least squares: off by 1e-6
-// at most, as PyTorch's own.
-inline Vec gelu(Vec x) {
-    const Vec end = fill(5.4f);
-    Vec z = x < end ? x : end;
-    z = z > -end ? z : -end;
-    const Vec s = z * z;
-    Vec p = fill(2.27770105e-8f), q = fill(1.20866321e-6f);
-    for (float next : {6.49037202e-6f, 1.76264322e-4f, 4.72238846e-3f, 3.44918966e-2f, 3.98942053e-1f}) p = p * s + next;
-    for (float next : {7.65096484e-5f, 1.9254809e-3f, 2.90277954e-2f, 2.53122658e-1f, 1.0f}) q = q * s + next;
-    return x * (0.5f + z * (p / q));
-}
+inline Vec gelu(Vec x) { return x * normal_share(x); }
 
 // R rows times one panel; the first `columns` outputs of it are there.
 template <int R>
