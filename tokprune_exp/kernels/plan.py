@@ -46,14 +46,16 @@ class CompiledPlan:
 
     def attend(
         self,
-        query: Float[Tensor, "total dim"],
+        query: Float[Tensor, "queries dim"],
         key: Float[Tensor, "total dim"],
         value: Float[Tensor, "total dim"] | None,
         starts: Int[Tensor, " starts"],
         heads: int,
         width: int,
-    ) -> tuple[Float[Tensor, "batch heads grid grid"], Float[Tensor, "total dim"] | None]:
+    ) -> tuple[Float[Tensor, "batch heads grid grid"], Float[Tensor, "in_use dim"] | None]:
         """Return q·k/√d_head of packed texts on a grid of this width, -inf where no token is, and their contexts.
+
+        Rows behind the last text are not read.
 
         Raises:
             ValueError: tensors that the compiled code would read wrongly.
