@@ -205,8 +205,13 @@ bool are_first(const Texts& texts) {
 template <typename Row, typename Choose>
 int plan(const Texts& texts, float propagation, float* importance, uint8_t* keep, Row row, Choose choose) {
     if (!are_first(texts)) return 1;
-#pragma omp parallel for schedule(dynamic) if (texts.count > 1)
-    for (int text = 0; text < texts.count; ++text) walk_back(texts, text, propagation, importance, keep, row, choose);
+    const auto walk = [&](int text) { walk_back(texts, text, propagation, importance, keep, row, choose); };
+    if (texts.count == 1) {  // outside of any parallel region: inside of one, the rows' threads would be new ones each time
+        walk(0);
+        return 0;
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (int text = 0; text < texts.count; ++text) walk(text);
     return 0;
 }
 
