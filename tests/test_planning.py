@@ -272,6 +272,6 @@ def test_what_would_be_read_wrongly_is_refused(planner: CompiledPlan) -> None:
         attend(rows[:5], rows, None, starts)
     valid, scores = torch.ones(2, 4, dtype=torch.bool), torch.randn(2, HEADS, 4, 4)
     with pytest.raises(ValueError, match="scores in float32, of one size"):
-        planner.concrete([scores, scores[:, :, :3, :3]], valid, None, 0.1, torch.zeros(2), 0.01)
+        planner.concrete([scores, scores.double()], valid, None, 0.1, torch.zeros(2), 0.01)
     with pytest.raises(ValueError, match="scores in float32, of one size"):
         planner.most_attended([scores.double()], valid, None, 0.1, torch.ones(2).long())
