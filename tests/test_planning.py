@@ -89,6 +89,31 @@ def test_scores_far_apart_give_finite_contexts(planner: CompiledPlan) -> None:
     assert scores.isfinite().all()
 
 
+def test_scores_of_tokens_that_are_not_the_first_stand_where_the_tokens_do(
+    planner: CompiledPlan, random_classifier: Callable[..., Any], ragged_batch: Callable[..., Any]
+) -> None:
+    """What an encoder attends to after tokens have left, and every layer's scores alone."""
+    model = random_classifier()
+    batch = ragged_batch(model, LENGTHS)
+    served = model.for_inference()
+    keep = (batch.input_ids % 3 > 0) | (torch.arange(batch.input_ids.shape[1]) == 0)
+    with torch.no_grad():
+        embeddings, layout = model.start(batch, "gathered")
+        layout, gather = layout.keep(keep)
+        assert not layout.are_first and model.start(batch, "gathered")[1].are_first
+        hidden = gather(embeddings)
+        ours = served.encoder(hidden, layout, wants_inner=True)
+        grid = torch.zeros(*keep.shape, hidden.shape[1]).flatten(0, 1).index_copy(0, layout.rows, hidden)
+        plain = Padded(layout.sequences, layout.alive)
+        theirs = model.encoder(grid.view(*keep.shape, -1), plain, wants_inner=True)
+        alone = [served.encoder.layers[0].scores(hidden, layout), served.encoder.attention_scores(hidden, layout)[0]]
+    there = layout.alive[:, None, :, None].expand_as(theirs.scores[0])
+    for one, two in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(one[there], two[there], atol=1e-4, rtol=1e-4)
+    for one in alone:
+        torch.testing.assert_close(one[there], theirs.scores[0][there], atol=1e-4, rtol=1e-4)
+
+
 # Plans
 
 

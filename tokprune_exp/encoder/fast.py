@@ -73,7 +73,8 @@ class FastLayer(EncoderLayer):
             asked, keys, values = query[: len(asking)].float(), key[: len(hidden)].float(), value[: len(hidden)].float()
             if queries is not layout or wants.received:
                 return layout.attend(asked, keys, values, self.heads, wants=wants, queries=queries)
-            plan = compiled_plan() if asked.is_cpu and asked.stride() == keys.stride() else None
+            fits = asked.is_cpu and asked.stride() == keys.stride() and layout.are_first
+            plan = compiled_plan() if fits else None
             if plan is not None:
                 scores, context = plan.attend(asked, keys, values, layout.starts, self.heads, layout.alive.shape[1])
                 assert context is not None
@@ -115,7 +116,8 @@ class FastLayer(EncoderLayer):
         rows = self.filled_up(hidden.to(self.dtype))
         used = len(hidden)
         query, key, _ = self.ask_and_answer(rows)[:used].split(self.dim, dim=1)
-        layout, plan = _packed(layout), compiled_plan() if query.is_cpu else None
+        layout = _packed(layout)
+        plan = compiled_plan() if query.is_cpu and layout.are_first else None
         if plan is not None:
             return plan.attend(query.float(), key.float(), None, layout.starts, self.heads, layout.alive.shape[1])[0]
         return scores_on_grid(query.float(), key.float(), layout, self.heads)

@@ -223,6 +223,12 @@ class Packed:
             return F.pad(self.alive.sum(1).cumsum(0), (1, 0)).int()
         return torch.tensor([0, *accumulate(self.counts)], dtype=torch.int32)
 
+    @cached_property
+    def are_first(self) -> bool:
+        """Whether the tokens of every sequence are the first ones of its row of the grid."""
+        counts = torch.tensor(self.counts, device=self.alive.device)[:, None]
+        return torch.equal(self.alive, torch.arange(self.alive.shape[1], device=self.alive.device) < counts)
+
     def take(self, grid: Tensor) -> Tensor:
         """Bring values of the grid into this layout: (batch, tokens, …) → (total, …)."""
         return grid.flatten(0, 1)[self.rows]
