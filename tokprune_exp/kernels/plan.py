@@ -5,7 +5,7 @@ layers and the retainers (`pruning/retainers/backtracking.py`, `concrete.py`) do
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -110,7 +110,7 @@ class CompiledPlan:
 
     def _plan(
         self,
-        function: "ctypes._NamedFuncPointer",
+        function: Callable[..., int],
         scores: Sequence[Tensor],
         valid: Tensor,
         always: Tensor | None,
