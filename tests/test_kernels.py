@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tokprune_exp.kernels import attention, compiler, linear, panels, selection
+from tokprune_exp.kernels import attention, compiler, linear, panels, plan, selection
 from tokprune_exp.kernels.attention import HEAD_DIMS, CompiledAttention, attend_in_loop, attention_for
 from tokprune_exp.kernels.linear import PackedProduct, PlainProduct, fastest_product, product_of, rows_to_compute
 from tokprune_exp.kernels.panels import PanelBlock, PanelProduct, compiled_panels
@@ -199,7 +199,8 @@ def test_heads_of_other_sizes_take_the_plain_loop():
 
 def test_building_needs_no_torch_headers():
     """The libraries speak plain C, so a new version of PyTorch needs no new build."""
-    assert not any("torch" in source.read_text() for source in (attention.SOURCE, panels.SOURCE, selection.SOURCE))
+    sources = [module.SOURCE for module in (attention, panels, plan, selection)]
+    assert not any("torch" in source.read_text() for source in sources)
 
 
 # ---------------------------------------------------------------------------------------------------------------
