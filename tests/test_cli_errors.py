@@ -1,11 +1,14 @@
 """The command line answers a mistake with one clear line and exit code 2."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from tokprune_exp.__main__ import main
 from tokprune_exp.config import choices
@@ -96,6 +99,23 @@ def test_what_the_user_can_mend_is_said_in_its_own_words(command):
         raise UserError("the data is not there; get it by make data")
 
     assert command("+method=adtp", run=run) == (2, ["the data is not there; get it by make data"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_as_what_it_is(command, tmp_path, error):
+    def run(cfg, directory):
+        raise error
+
+    code, (told,) = command("+method=adtp", f"run_dir={tmp_path / 'mine'}", run=run)
+    assert code == 2
+    assert told.startswith("the disk is full; ")
+    assert told.endswith(f" goes on from {tmp_path / 'mine'}")
 
 
 def test_anything_else_that_fails_shows_where_and_ends_with_1(command):

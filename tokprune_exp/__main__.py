@@ -1,5 +1,6 @@
 """The command line: compose the configuration, check it, run it; nothing heavy is imported before it is checked."""
 
+import errno
 import os
 import re
 import sys
@@ -45,11 +46,15 @@ def job(cfg: DictConfig) -> tuple[float, float] | None:
         check_config(cfg)
         from tokprune_exp.run import run
 
-        run(cfg, run_directory(cfg, Path("outputs")).absolute())
+        directory = run_directory(cfg, Path("outputs")).absolute()
+        run(cfg, directory)
     except UserError as error:
         say(str(error))
         raise SystemExit(USER_ERROR) from None
     except Exception as error:
+        if os.strerror(errno.ENOSPC) in str(error):  # safetensors raises no OSError
+            say(f"the disk is full; free some space and give the same command again, which goes on from {directory}")
+            raise SystemExit(USER_ERROR) from None
         traceback.print_exception(error)
         say(f"failed: {error}")
         raise SystemExit(ANY_OTHER_ERROR) from None
