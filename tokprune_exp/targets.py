@@ -48,6 +48,13 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)), None)
 
 
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to write instead of a `name` that is none of the `known`: the nearest of them, or what there is."""
+    known = [other for other in known if not other.startswith("_")]
+    guess = nearest(name, known)
+    return f"did you mean {guess}?" if guess else f"it has {', '.join(sorted(known)) or 'none'}"
+
+
 def mismatch(value: object, annotation: ast.expr | None) -> list[str]:
     """What `annotation` allows, in words, if the plain `value` is not that; empty if it is, or if that is not known.
 
