@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def chosen(option):
     if group == "hparams_search":
         return ["+method=ltp", f"+hparams_search={name}"]
     return [f"+{group}={name}"] if group in ADDED else ["+method=adtp", f"{group}={name}"]
+
+
+def test_what_comes_from_a_hub_is_pinned_to_a_commit():
+    pinned = {}
+    for option in options():
+        group, read = option.split("/")[0], OmegaConf.load(CONF / f"{option}.yaml")
+        source = read.get("hub") if group in ("task", "text") else read if group == "backbone" else None
+        if source and (group != "backbone" or source.get("hub")):
+            pinned[option] = re.fullmatch("[0-9a-f]{40}", source.get("revision") or "")
+    assert {"task/sst2", "text/wikitext2", "backbone/bert_base"} <= set(pinned)
+    assert [option for option, revision in pinned.items() if revision is None] == []
 
 
 def test_no_configuration_file_is_left_out():

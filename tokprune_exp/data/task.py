@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class HubSource:
-    """A data set on the Hugging Face hub, pinned to a revision where one is known."""
+    """A data set on the Hugging Face hub, pinned to a revision."""
 
     path: str
     name: str | None = None
