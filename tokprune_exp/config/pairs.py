@@ -1,4 +1,4 @@
-"""Chosen that make no sense together."""
+"""Choices that make no sense together."""
 
 from collections.abc import Callable, Iterator
 
